@@ -1,0 +1,38 @@
+# Each target sets up what it needs in .venv, once: a stamp file says what is installed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo    train the digits autoencoder and draw what it rebuilds"
+	@echo "make test    run the tests and every example in the docs"
+	@echo "make check   formatting, lint and strict types"
+	@echo "make clean   remove the environment and what was generated"
+
+demo: $(VENV)/installed-demo
+	$(BIN)/python docs/examples/digits_autoencoder.py
+
+test: $(VENV)/installed-test
+	$(PYTEST) --numprocesses auto
+
+check: $(VENV)/installed-check
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'flax_extra needs Python 3.11 or newer; got ' + sys.version.split()[0] + '. Say which: make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
+	@echo "installing flax_extra[$*] into $(VENV)"
+	$(PIP) install --editable '.[$*]'
+	@touch $@

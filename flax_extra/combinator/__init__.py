@@ -1,0 +1,124 @@
+"""Combinators: pipelines as values.
+
+A pipeline is a tree of combinators, each with a :class:`Signature`, that is at once a Flax linen
+module, a Python expression to slice and print, and one XLA program with nothing left over.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> from flax_extra import combinator as cb
+    >>> block = cb.residual(nn.LayerNorm(), nn.Dense(8), nn.gelu)
+    >>> encoder = nn.Embed(256, 8) >> cb.repeat(block, 6) >> nn.LayerNorm()
+    >>> tokens = jnp.zeros((2, 5), int)
+    >>> variables = encoder.init(jax.random.key(0), tokens)
+    >>> jax.jit(encoder.apply)(variables, tokens).shape
+    (2, 5, 8)
+
+The stack is a tuple with its top on the left. A callable ``n_in -> n_out`` takes ``n_in`` items off
+the top and puts its ``n_out`` there; what it does not take passes through untouched. That is all:
+every word below says where items go.
+"""
+
+from flax_extra.combinator._base import Combinator
+from flax_extra.combinator._derived import (
+    Branch,
+    Dip,
+    Keep,
+    Residual,
+    branch,
+    dip,
+    keep,
+    residual,
+)
+from flax_extra.combinator._errors import SharingError, SignatureError
+from flax_extra.combinator._flow import Parallel, Serial, parallel, serial
+from flax_extra.combinator._inference import infer_signature
+from flax_extra.combinator._leaf import Fn, fn
+from flax_extra.combinator._lift import Remat, Repeat, Scan, remat, repeat, scan
+from flax_extra.combinator._merge import (
+    Add,
+    Concatenate,
+    Div,
+    Fold,
+    Mul,
+    Split,
+    Sub,
+    add,
+    concatenate,
+    div,
+    fold,
+    mul,
+    split,
+    sub,
+)
+from flax_extra.combinator._shuffle import (
+    Drop,
+    Dup,
+    Identity,
+    Select,
+    Swap,
+    drop,
+    dup,
+    identity,
+    select,
+    swap,
+)
+from flax_extra.combinator._signature import Signature
+
+__all__ = [
+    # what a callable is on the stack
+    "Signature",
+    "infer_signature",
+    "fn",
+    # where data flows
+    "serial",
+    "parallel",
+    "branch",
+    "residual",
+    "keep",
+    "dip",
+    # moving items
+    "select",
+    "dup",
+    "drop",
+    "swap",
+    "identity",
+    # many into one, one into many
+    "fold",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "concatenate",
+    "split",
+    # loops and memory
+    "repeat",
+    "scan",
+    "remat",
+    # what they build
+    "Combinator",
+    "Serial",
+    "Parallel",
+    "Branch",
+    "Residual",
+    "Keep",
+    "Dip",
+    "Select",
+    "Dup",
+    "Drop",
+    "Swap",
+    "Identity",
+    "Fold",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Concatenate",
+    "Split",
+    "Repeat",
+    "Scan",
+    "Remat",
+    "Fn",
+    # what goes wrong
+    "SignatureError",
+    "SharingError",
+]

@@ -1,0 +1,217 @@
+"""How the layers of a pipeline get their names, scopes and parameters from linen.
+
+The laws this file keeps:
+
+- an unnamed structural combinator adds no level: its layers are named as ``@nn.compact`` would
+  name them, in the order of the expression;
+- one instance has one set of parameters, however deep its second use;
+- in a compact method, the layers of a pipeline are layers of that method.
+
+All that touches linen's private state is here. It was written against flax's ``linen/module.py``;
+``tests/combinator/test_linen.py`` fails if a release changes what is relied on.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import linen as nn
+from flax.linen import module as linen_module
+
+from flax_extra.combinator import _errors
+from flax_extra.combinator._children import Children, is_combinator
+from flax_extra.combinator._inference import name_of
+
+if TYPE_CHECKING:
+    from flax_extra.combinator._base import Combinator
+
+
+class Binding:
+    """The bound modules of a pipeline, and the originals that they stand for.
+
+    A pytree of the bound modules, so that lifted transforms (``nn.remat``, ``nn.jit``, ...) find
+    their scopes, also of those that are shared with another part of the model.
+    """
+
+    __slots__ = ("_bound", "modules", "originals")
+
+    def __init__(self, originals: tuple[nn.Module, ...], modules: tuple[nn.Module, ...]) -> None:
+        self.originals = originals
+        self.modules = modules
+        self._bound = dict(zip(map(id, originals), modules, strict=True))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.modules)
+
+    def find(self, module: nn.Module) -> nn.Module:
+        """The bound module that stands for this one: itself, if it is bound already."""
+        return self._bound.get(id(module), module)
+
+
+jax.tree_util.register_pytree_node(
+    Binding,
+    lambda binding: (binding.modules, binding.originals),
+    lambda originals, modules: Binding(originals, tuple(modules)),
+)
+
+UNBOUND = Binding((), ())
+
+
+def layout(children: Children) -> Iterator[tuple[str, nn.Module]]:
+    """Each module once, with its name: its own, or ``Class_0``, ``Class_1``, ... in order."""
+    seen: set[int] = set()
+    counts: dict[str, int] = {}
+    for module in children.modules():
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        name = module.name
+        if name is None:
+            kind = type(module).__name__
+            name = f"{kind}_{counts.setdefault(kind, 0)}"
+            counts[kind] += 1
+        yield name, module
+
+
+def bind_as_scope(owner: Combinator) -> Binding:
+    """Binds the layers of a combinator that has a scope of its own."""
+    originals: list[nn.Module] = []
+    modules: list[nn.Module] = []
+    for name, module in layout(owner.children):
+        bound = _adopt(owner, name, module)
+        _check_stack(owner, bound)
+        originals.append(module)
+        modules.append(bound)
+        if not hasattr(type(owner), name):
+            object.__setattr__(owner, name, bound)  # as linen does for modules assigned in setup
+    return Binding(tuple(originals), tuple(modules))
+
+
+def bind_in_host(owner: Combinator, host: nn.Module) -> Binding:
+    """Binds the layers of a structural combinator as layers of the module it is used in."""
+    originals: list[nn.Module] = []
+    modules: list[nn.Module] = []
+    for _, module in layout(owner.children):
+        bound = module if module.scope is not None else _create_in(host, module)
+        _check_stack(host, bound)
+        originals.append(module)
+        modules.append(bound)
+    return Binding(tuple(originals), tuple(modules))
+
+
+def current_module() -> nn.Module | None:
+    """The module whose method is running, the parent of modules created now."""
+    module: nn.Module | None = linen_module._context.module_stack[-1]
+    return module
+
+
+def is_unspecified(parent: Any) -> bool:
+    """Whether ``parent`` was left out, so that it is the module whose method is running."""
+    return parent is linen_module._unspecified_parent
+
+
+def in_setup(module: nn.Module) -> bool:
+    """Whether a module is in its setup, where modules wait for a name."""
+    return module._state.in_setup
+
+
+def release(owner: Combinator, host: nn.Module) -> None:
+    """Takes back from a compact method the fresh layers of a combinator that opens a scope.
+
+    ``cb.repeat(nn.Dense(4), 3)`` in a compact method: Python makes the Dense first, and linen gives
+    it to the method. It belongs to the repeat, so that the same expression gives the same tree.
+    A layer that has been called, or is an attribute, stays where it is, and is shared.
+    """
+    kept = {id(leaf) for leaf in jax.tree_util.tree_leaves(list(vars(host).values()))}
+    for module in reversed(list(owner.children.modules())):
+        if module.parent is host and module.scope is not None and id(module) not in kept:
+            if not _is_fresh(module):
+                continue
+            name = str(module.name)
+            _forget_place(module)
+            host._state.children.pop(name, None)
+            if host.scope is not None:
+                host.scope.reservations.pop(name, None)
+            kind = type(module).__name__
+            cursor = host._state.autoname_cursor
+            if name == f"{kind}_{cursor.get(kind, 0) - 1}":
+                cursor[kind] -= 1
+
+
+def _forget_place(module: nn.Module) -> None:
+    """Puts a bound module back to the state of one that waits in setup for a name."""
+    if re.fullmatch(rf"{type(module).__name__}_\d+", str(module.name)):
+        object.__setattr__(module, "name", None)
+    object.__setattr__(module, "scope", None)
+    if is_combinator(module):
+        for inner in module.bound or ():
+            if inner.parent is module:
+                _forget_place(inner)
+        object.__setattr__(module, "bound", None)
+
+
+def _check_stack(owner: nn.Module, bound: nn.Module) -> None:
+    mine, its = _innermost_stack(owner), _innermost_stack(bound.parent)
+    if mine is not its:
+        stack = mine or its
+        raise _errors.shared_across_stack(name_of(bound), stack.label if stack else "a stack")
+
+
+def _innermost_stack(module: Any) -> Combinator | None:
+    while isinstance(module, nn.Module):
+        if is_combinator(module) and module.stacks:
+            return module
+        module = module.parent
+    return None
+
+
+def _adopt(owner: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    # What linen's Module._register_submodules does for a module in a field, with our name for it.
+    if module.scope is not None:
+        return module
+    if module.parent is None:
+        cache = _adopted(owner)
+        known = cache.get(module._id)
+        if known is None:  # the record is weak, so hold on to what goes in
+            known = cache[module._id] = module.clone(name=None)
+        if known.scope is not None:
+            return known
+        module = known
+    object.__setattr__(module, "parent", owner)
+    object.__setattr__(module, "name", name)
+    module.__post_init__()
+    return module
+
+
+def _create_in(host: nn.Module, module: nn.Module) -> nn.Module:
+    cache = _adopted(host)
+    known = cache.get(module._id)
+    if known is not None and not _is_from_earlier_call(known, host):
+        return known
+    created = module.clone(parent=host)
+    cache[module._id] = created
+    return created
+
+
+def _is_from_earlier_call(module: nn.Module, host: nn.Module) -> bool:
+    # Each call of a compact method names its layers anew: a free name is to be taken again.
+    return module.parent is host and not host._name_taken(str(module.name))
+
+
+def _adopted(module: nn.Module) -> weakref.WeakValueDictionary[Any, nn.Module]:
+    """Linen's own record of which outside instance was adopted as which module, for each root."""
+    scope = module.scope
+    caches: Any = linen_module._caches
+    cache: weakref.WeakValueDictionary[Any, nn.Module] = caches.setdefault(
+        scope.root if scope is not None else None, weakref.WeakValueDictionary()
+    )
+    return cache
+
+
+def _is_fresh(module: nn.Module) -> bool:
+    """Whether no method of it has been called since it was bound."""
+    return module._state.setup_called == linen_module.SetupState.NEW

@@ -1,0 +1,337 @@
+"""Exceptions, and every word they say.
+
+    ValueError
+    ├── SignatureError    the arity of a callable, or the stack it meets, is wrong
+    └── SharingError      one layer instance would need two sets of parameters
+
+What is not a callable, or a keyword nobody takes, is a plain ``TypeError``.
+
+Each function below makes one exception or one note. A message says what was asked, what was
+found and what to do, in that order, with the real values. Nothing here computes: callers hand
+over text, so that all wording can be read, and reworded, in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+class SignatureError(ValueError):
+    """A callable's arity is wrong, or does not fit the stack it meets.
+
+    Example:
+        >>> from flax_extra import combinator as cb
+        >>> cb.select((-1,))
+        Traceback (most recent call last):
+            ...
+        flax_extra.combinator._errors.SignatureError: select takes indices counted from the \
+top of the stack, which is index 0; got -1. Use a non-negative index.
+    """
+
+
+class SharingError(ValueError):
+    """One layer instance is used where it would need two sets of parameters.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> from flax_extra import combinator as cb
+        >>> dense = nn.Dense(4)
+        >>> cb.serial(dense, cb.repeat(dense, 3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        flax_extra.combinator._errors.SharingError: one instance of Dense is used both ...
+    """
+
+
+NOTE_PREFIX = "flax_extra: in "
+REMEDY_FN = "cb.fn(f, n_in=..., n_out=..., key=value)"
+
+
+# Building: what cannot be a child, and signatures that cannot be inferred.
+
+
+def not_callable(value: str, kind: str) -> TypeError:
+    return TypeError(
+        f"A pipeline is made of callables and (nested) iterables of callables; got {value} "
+        f"({kind}). Pass a function, a linen module or a combinator."
+    )
+
+
+def not_one_child(asked: str, found: int) -> TypeError:
+    return TypeError(
+        f"{asked} takes one callable; got {found}. Put several in series: cb.serial(...)."
+    )
+
+
+def not_an_integer(asked: str, name: str, value: str) -> TypeError:
+    return TypeError(f"{asked} takes an integer for {name}; got {value}.")
+
+
+def not_integers(asked: str, name: str, value: str) -> TypeError:
+    return TypeError(f"{asked} takes a sequence of integers for {name}; got {value}.")
+
+
+def too_small(asked: str, name: str, least: int, value: int) -> ValueError:
+    return ValueError(f"{asked} takes {name} of at least {least}; got {value}.")
+
+
+def bad_signature(asked: str, why: str) -> SignatureError:
+    return SignatureError(f"{asked} is not a signature: {why}.")
+
+
+def no_python_signature(f: str) -> SignatureError:
+    return SignatureError(
+        f"How many inputs does {f} take? It has no Python signature to read it from. "
+        f"Say so: {REMEDY_FN}."
+    )
+
+
+def variable_positional(f: str, name: str) -> SignatureError:
+    return SignatureError(
+        f"How many inputs does {f} take? It accepts any number (*{name}). Say how many: "
+        f"{REMEDY_FN}."
+    )
+
+
+def variable_tuple(f: str, name: str, annotation: str) -> SignatureError:
+    return SignatureError(
+        f"How many items does parameter {name!r} of {f} take off the stack? Its annotation is "
+        f"{annotation}, a tuple of any length. Annotate each item, as in tuple[Array, Array], "
+        f"or say how many: {REMEDY_FN}."
+    )
+
+
+def empty_tuple(f: str, name: str) -> SignatureError:
+    return SignatureError(
+        f"Parameter {name!r} of {f} is annotated as the empty tuple, which takes nothing off the "
+        f"stack. Bind it: cb.fn(f, {name}=())."
+    )
+
+
+def variable_output(f: str, annotation: str) -> SignatureError:
+    return SignatureError(
+        f"How many outputs does {f} give? Its return annotation is {annotation}, a tuple of any "
+        f"length. Annotate each item, as in tuple[Array, Array], or say how many: {REMEDY_FN}."
+    )
+
+
+def never_returns(f: str) -> SignatureError:
+    return SignatureError(
+        f"{f} is annotated as never returning, so it cannot be a step of a pipeline. Correct the "
+        f"annotation, or say how many outputs it gives: {REMEDY_FN}."
+    )
+
+
+def required_keyword(f: str, name: str) -> SignatureError:
+    return SignatureError(
+        f"{f} requires the keyword-only argument {name!r}, which no stack can give. Bind it: "
+        f"cb.fn(f, {name}=...)."
+    )
+
+
+def unknown_fixed(f: str, name: str, taken: Iterable[str]) -> TypeError:
+    return TypeError(
+        f"cb.fn binds {name!r}, and {f} takes no such keyword. It takes: {_listing(taken)}."
+    )
+
+
+def unbindable(f: str, name: str) -> SignatureError:
+    return SignatureError(
+        f"cb.fn cannot bind parameter {name!r} of {f}: a positional-only parameter takes its "
+        f"value by position. Wrap it: lambda x: f(x, value)."
+    )
+
+
+def wrong_n_in(f: str, asked: int, least: int, most: int | None) -> SignatureError:
+    if most is None:
+        range_ = f"at least {_count(least, 'item')}"
+    elif least == most:
+        range_ = _count(least, "item")
+    else:
+        range_ = f"{least} to {_count(most, 'item')}"
+    return SignatureError(
+        f"cb.fn(f, n_in={asked}): {f} takes {range_} off the stack. Correct n_in, or bind a "
+        f"parameter: cb.fn(f, name=value)."
+    )
+
+
+def contradicted(f: str, name: str, asked: int, known: int) -> SignatureError:
+    return SignatureError(
+        f"cb.fn(f, {name}={asked}) contradicts {f}, whose signature has {name}={known}. Leave "
+        f"{name} out."
+    )
+
+
+# Building: combinators.
+
+
+def negative_index(index: int) -> SignatureError:
+    return SignatureError(
+        f"select takes indices counted from the top of the stack, which is index 0; got {index}. "
+        f"Use a non-negative index."
+    )
+
+
+def residual_arity(side: str, signature: str, text: str) -> SignatureError:
+    return SignatureError(
+        f"residual adds one output of its body to one output of its shortcut; the {side} {text} "
+        f"has signature {signature}. Drop or merge the outputs you do not add, for instance with "
+        f"cb.drop() or cb.add()."
+    )
+
+
+def keep_too_deep(n: int, signature: str, text: str) -> SignatureError:
+    return SignatureError(
+        f"keep(f, n={n}) keeps the last {n} of f's inputs; f is {text} with signature {signature}. "
+        f"Keep at most its inputs."
+    )
+
+
+def not_binary(signature: str, text: str) -> SignatureError:
+    return SignatureError(
+        f"fold takes a function of two items that gives one; got {text} with signature "
+        f"{signature}. Say how it meets the stack: cb.fn(f, n_in=2, n_out=1)."
+    )
+
+
+def more_out_than_in(signature: str, text: str) -> SignatureError:
+    return SignatureError(
+        f"repeat feeds the outputs of f to its next copy, so f gives at most as many items as it "
+        f"takes; got {text} with signature {signature}. Drop the outputs that are not handed on, "
+        f"with cb.drop()."
+    )
+
+
+def scan_arity(signature: str, text: str, n_carry: int) -> SignatureError:
+    return SignatureError(
+        f"scan takes a cell from (carry.., x) to (carry.., y), here with "
+        f"{_count(n_carry, 'carry item')}; got {text} with signature {signature}. Let it give back every carry item, or say how "
+        f"many there are: cb.scan(cell, n_carry=...)."
+    )
+
+
+def no_sequence(text: str, signature: str, n_carry: int) -> SignatureError:
+    return SignatureError(
+        f"scan takes a cell with at least one input beyond its carry, the sequence to run over; "
+        f"got {text} with signature {signature} and {_count(n_carry, 'carry item')}. Give the cell "
+        f"an input for the sequence, or say how many items it carries: cb.scan(cell, n_carry=...)."
+    )
+
+
+def not_a_policy(value: str) -> TypeError:
+    return TypeError(
+        f"remat takes a policy that is callable; got {value}. Take one of jax.checkpoint_policies."
+    )
+
+
+def foreign_modules(name: str, module: str) -> TypeError:
+    return TypeError(
+        f"{name}.expand arranges the children it is given; it also made or captured the layer "
+        f"{module}, whose parameters would have no place. Hand it to {name} as a child."
+    )
+
+
+def no_meaning(name: str) -> TypeError:
+    return TypeError(
+        f"{name} says neither what it stands for nor how it runs. Define expand(self, *children), "
+        f"which writes it with other combinators."
+    )
+
+
+def index_out_of_range(label: str, index: int, length: int) -> IndexError:
+    return IndexError(
+        f"{label} has {_count(length, 'child', 'children')}; there is no child {index}."
+    )
+
+
+def shared_across_stack(module: str, stack: str) -> SharingError:
+    return SharingError(
+        f"one instance of {module} is used both inside and outside of {stack}, whose copies have "
+        f"parameters of their own, stacked on a leading axis: it would need two sets. Make a "
+        f"second instance, or repeat with shared=True."
+    )
+
+
+# Running.
+
+
+def too_few_inputs(
+    path: Sequence[str],
+    signature: str,
+    takes: int,
+    found: int,
+    stack: str,
+    n_in: int,
+    given: int,
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} takes {_count(takes, 'item')} off the stack, and "
+        f"{_is_there(found)}.\n"
+        f"  signature: {signature}\n"
+        f"  stack: {stack}\n"
+        f"  The pipeline takes {_count(n_in, 'input')} and was called with {given}. Give it the "
+        f"missing {'input' if n_in - given == 1 else 'inputs'}, copy an item with cb.dup() or "
+        f"cb.select() before this step, or bind a parameter that is no input: "
+        f"cb.fn(f, name=value)."
+    )
+
+
+def wrong_n_out(
+    path: Sequence[str], signature: str, asked: int, found: int, returned: str, stack: str
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} is declared to give {_count(asked, 'item')}, and gave {found}: "
+        f"{returned or 'nothing'}.\n"
+        f"  signature: {signature}\n"
+        f"  stack: {stack}\n"
+        f"  Correct its return annotation, or say how many: cb.fn(f, n_out={found})."
+    )
+
+
+def changed_carry(
+    path: Sequence[str], signature: str, index: int, before: str, after: str, stack: str
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} must give each item back as it took it, since every copy or step is fed "
+        f"the last one's: item {index} went in as {before} and came out as {after}.\n"
+        f"  signature: {signature}\n"
+        f"  stack: {stack}\n"
+        f"  Keep its shape and dtype, for instance with a final projection or a cast."
+    )
+
+
+def no_time_axis(
+    path: Sequence[str], role: str, item: str, axis: int, stack: str
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} runs over axis {axis}, and its {role} {item} has no room for one.\n"
+        f"  stack: {stack}\n"
+        f"  Choose the axis that holds time: cb.scan(cell, axis=...)."
+    )
+
+
+def unknown_context(label: str, unknown: Iterable[str], taken: Iterable[str]) -> TypeError:
+    return TypeError(
+        f"{label} was called with {_listing(unknown)}, which none of its parts takes as an "
+        f"optional keyword. They take: {_listing(taken)}."
+    )
+
+
+def raised_in(path: Sequence[str], signature: str, stack: str) -> str:
+    return f"{NOTE_PREFIX}{_path(path)}\n  signature: {signature}\n  stack: {stack}"
+
+
+def _path(path: Sequence[str]) -> str:
+    return " -> ".join(path)
+
+
+def _listing(names: Iterable[str]) -> str:
+    return ", ".join(sorted(map(repr, names))) or "none"
+
+
+def _count(n: int, one: str, many: str | None = None) -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def _is_there(n: int) -> str:
+    return "none is there" if n == 0 else f"only {n} {'is' if n == 1 else 'are'} there"

@@ -1,0 +1,473 @@
+"""How a callable meets the stack, read from the callable itself.
+
+``infer_signature`` looks at ``f.signature``, then at ``f.nin`` and ``f.nout`` (ufuncs), then at the
+Python signature and its type hints. What it cannot know it refuses, and names the remedy.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections.abc
+import dataclasses
+import functools
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import typing_extensions
+from flax import linen as nn
+
+from flax_extra.combinator import _errors
+from flax_extra.combinator._signature import Nesting, Signature, count
+
+NO_FIXED: Mapping[str, Any] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """How a callable is called from the stack.
+
+    Args:
+        signature: what it takes and gives.
+        keywords: the optional keywords it takes, that context may fill.
+        names: for each argument, the keyword that passes it, or None to pass it by position.
+    """
+
+    signature: Signature
+    keywords: frozenset[str]
+    names: tuple[str | None, ...]
+
+
+def infer_signature(f: Callable[..., Any]) -> Signature:
+    """The signature of a callable.
+
+    Looks, in this order, at ``f.signature`` where it is a :class:`Signature` (every combinator
+    has one), at ``f.nin`` and ``f.nout`` (numpy and jax ufuncs), and at the Python signature with
+    its type hints. There, the inputs are the positional parameters without a default, where one
+    annotated ``tuple[A, B]`` is several items, regrouped before the call; the outputs are one,
+    or as many as a ``tuple[...]`` return annotation has, or none if it is ``None``.
+
+    Args:
+        f: a function, a linen module, a combinator or any other callable.
+
+    Returns:
+        Its signature.
+
+    Raises:
+        TypeError: where ``f`` is not callable.
+        SignatureError: where the number of items cannot be known; the message names the remedy.
+
+    Example:
+        >>> import operator
+        >>> from flax import linen as nn
+        >>> from flax_extra import combinator as cb
+        >>> print(cb.infer_signature(nn.Dense(4)), "and", cb.infer_signature(operator.add))
+        1 -> 1 and 2 -> 1
+        >>> def step(carry: tuple[float, float], x: float) -> tuple[float, float, float]: ...
+        >>> cb.infer_signature(step)
+        Signature(n_in=3, n_out=3, start_index=0, in_shape=(((), ()), ()))
+    """
+    return contract(f).signature
+
+
+def contract(
+    f: Callable[..., Any],
+    n_in: int | None = None,
+    n_out: int | None = None,
+    fixed: Mapping[str, Any] = NO_FIXED,
+) -> Contract:
+    """How a callable is called, with what the user says of it taken before what is inferred."""
+    if not callable(f):
+        raise _errors.not_callable(shorten(repr(f)), type(f).__name__)
+    for name, value in (("n_in", n_in), ("n_out", n_out)):
+        if value is not None and type(value) is not int:
+            raise _errors.not_an_integer("cb.fn", name, repr(value))
+        if value is not None and value < 0:
+            raise _errors.too_small("cb.fn", name, 0, value)
+    declared = _declared(f) or _ufunc(f)
+    if declared is not None:
+        return _declared_contract(f, declared, n_in, n_out, fixed)
+    parameters = _parameters(f)
+    if parameters is None:
+        if n_in is None or n_out is None:
+            raise _errors.no_python_signature(name_of(f))
+        return Contract(Signature(n_in, n_out), frozenset(), (None,) * n_in)
+    return _python_contract(f, parameters, n_in, n_out, fixed)
+
+
+def name_of(f: object) -> str:
+    """A short name for a callable, as errors and pictures give it.
+
+    >>> from flax import linen as nn
+    >>> name_of(nn.Dense(3)), name_of(abs), name_of(functools.partial(max, 0))
+    ('Dense', 'abs', 'max')
+    """
+    if isinstance(f, functools.partial):
+        return name_of(f.func)
+    name = None if isinstance(f, nn.Module) else _attribute(f, "__name__")
+    return name if isinstance(name, str) else type(f).__name__
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """Text on one line, cut at the limit."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def _attribute(f: object, name: str) -> Any:
+    try:
+        if isinstance(f, nn.Module):  # asked for an attribute it has not, a bound module runs setup
+            return object.__getattribute__(f, name)
+        return getattr(f, name, None)
+    except Exception:  # whatever an arbitrary object's __getattr__ raises, it has no such attribute
+        return None
+
+
+def _declared(f: object) -> Signature | None:
+    declared = _attribute(f, "signature")
+    return declared if isinstance(declared, Signature) else None
+
+
+def _ufunc(f: object) -> Signature | None:
+    n_in, n_out = _attribute(f, "nin"), _attribute(f, "nout")
+    if type(n_in) is int and type(n_out) is int and n_in >= 0 and n_out >= 0:
+        return Signature(n_in, n_out)
+    return None
+
+
+def _declared_contract(
+    f: Callable[..., Any],
+    declared: Signature,
+    n_in: int | None,
+    n_out: int | None,
+    fixed: Mapping[str, Any],
+) -> Contract:
+    for name, asked, known in (("n_in", n_in, declared.n_in), ("n_out", n_out, declared.n_out)):
+        if asked is not None and asked != known:
+            raise _errors.contradicted(name_of(f), name, asked, known)
+    keywords: frozenset[str] = frozenset()
+    if _declared(f) is not None:
+        parameters = _parameters(f) or {}
+        keywords = frozenset(
+            name
+            for name, parameter in parameters.items()
+            if _takes_keyword(parameter) and parameter.default is not parameter.empty
+        )
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            for name in fixed:
+                if name not in keywords:
+                    raise _errors.unknown_fixed(name_of(f), name, keywords)
+    return Contract(declared, keywords.difference(fixed), (None,) * len(declared.in_shape))
+
+
+def _python_contract(
+    f: Callable[..., Any],
+    parameters: Mapping[str, inspect.Parameter],
+    n_in: int | None,
+    n_out: int | None,
+    fixed: Mapping[str, Any],
+) -> Contract:
+    _check_fixed(f, parameters, fixed)
+    positional = [p for p in parameters.values() if p.kind in _POSITIONAL and p.name not in fixed]
+    variadic = [p for p in parameters.values() if p.kind is p.VAR_POSITIONAL]
+    for parameter in parameters.values():
+        if (
+            parameter.kind is parameter.KEYWORD_ONLY
+            and parameter.default is parameter.empty
+            and parameter.name not in fixed
+        ):
+            raise _errors.required_keyword(name_of(f), parameter.name)
+    scope = Names(f)
+    if n_in is None:
+        inputs = [p for p in positional if p.default is p.empty]
+        if variadic:
+            raise _errors.variable_positional(name_of(f), variadic[0].name)
+        in_shape = tuple(_input_nesting(f, p, scope) for p in inputs)
+    else:
+        inputs, in_shape = _allot(f, positional, variadic, n_in, scope)
+    signature = Signature(
+        n_in=sum(map(count, in_shape)),
+        n_out=_n_out(f, scope) if n_out is None else n_out,
+        in_shape=in_shape,
+    )
+    taken = {p.name for p in inputs} | fixed.keys()
+    keywords = frozenset(
+        p.name
+        for p in parameters.values()
+        if _takes_keyword(p) and p.default is not p.empty and p.name not in taken
+    )
+    return Contract(signature, keywords, _passing(f, parameters, inputs, in_shape, fixed))
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _takes_keyword(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in _KEYWORD
+
+
+def _check_fixed(
+    f: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], fixed: Mapping[str, Any]
+) -> None:
+    by_keyword = {name for name, p in parameters.items() if _takes_keyword(p)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in fixed:
+        if name in parameters and parameters[name].kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise _errors.unbindable(name_of(f), name)
+        if name not in by_keyword and not takes_any:
+            raise _errors.unknown_fixed(name_of(f), name, by_keyword)
+
+
+def _passing(
+    f: Callable[..., Any],
+    parameters: Mapping[str, inspect.Parameter],
+    inputs: Sequence[inspect.Parameter],
+    in_shape: Nesting,
+    fixed: Mapping[str, Any],
+) -> tuple[str | None, ...]:
+    """By position up to the first parameter that is bound or skipped, by keyword after it."""
+    order = [p for p in parameters.values() if p.kind in _POSITIONAL]
+    names: list[str | None] = []
+    for parameter, expected in zip(inputs, order, strict=False):
+        if not names or names[-1] is None:
+            names.append(None if parameter is expected else parameter.name)
+        else:
+            names.append(parameter.name)
+        if names[-1] is not None and not _takes_keyword(parameter):
+            raise _errors.unbindable(name_of(f), next(p.name for p in order if p.name in fixed))
+    return (*names, *(None,) * (len(in_shape) - len(names)))
+
+
+def _allot(
+    f: Callable[..., Any],
+    positional: Sequence[inspect.Parameter],
+    variadic: Sequence[inspect.Parameter],
+    n_in: int,
+    scope: Names,
+) -> tuple[list[inspect.Parameter], Nesting]:
+    """Gives each parameter its items until ``n_in`` are given; an open-ended one takes the rest."""
+    shapes = [_nesting(p.annotation, scope) for p in positional]
+    required = sum(p.default is p.empty for p in positional)
+    least = sum(count(s) for s in shapes[:required] if isinstance(s, tuple))
+    open_ended = [i for i, s in enumerate(shapes[:required]) if not isinstance(s, tuple)]
+    most = None if variadic or open_ended else sum(map(_size, shapes))
+    if n_in < least + len(open_ended) or len(open_ended) > 1:
+        raise _errors.wrong_n_in(name_of(f), n_in, least + len(open_ended), most)
+    if open_ended:
+        shapes[open_ended[0]] = ((),) * (n_in - least)
+    inputs: list[inspect.Parameter] = []
+    in_shape: list[Nesting] = []
+    left = n_in
+    for parameter, shape in zip(positional, shapes, strict=True):
+        if left == 0 and len(inputs) >= required:
+            break
+        size = _size(shape)
+        if size > left:
+            raise _errors.wrong_n_in(name_of(f), n_in, least, most)
+        inputs.append(parameter)
+        in_shape.append(shape if isinstance(shape, tuple) else ())
+        left -= size
+    if left and not variadic:
+        raise _errors.wrong_n_in(name_of(f), n_in, least, most)
+    return inputs, (*in_shape, *((),) * left)
+
+
+def _size(shape: Nesting | _Special) -> int:
+    return count(shape) if isinstance(shape, tuple) else 1
+
+
+# Type hints
+
+
+class _Special:
+    """A tuple annotation that is not a fixed nesting of items."""
+
+
+_OPEN_ENDED = _Special()
+_EMPTY = _Special()
+
+
+def _input_nesting(f: Callable[..., Any], parameter: inspect.Parameter, scope: Names) -> Nesting:
+    nesting = _nesting(parameter.annotation, scope)
+    if nesting is _EMPTY:
+        raise _errors.empty_tuple(name_of(f), parameter.name)
+    if not isinstance(nesting, tuple):
+        raise _errors.variable_tuple(name_of(f), parameter.name, _text(parameter.annotation))
+    return nesting
+
+
+def _n_out(f: Callable[..., Any], scope: Names) -> int:
+    if isinstance(f, type):
+        return 1  # calling a class gives one instance, whatever __init__ is annotated with
+    signature = _python_signature(f)
+    annotation = inspect.Signature.empty if signature is None else signature.return_annotation
+    resolved = scope.resolve(annotation)
+    if resolved is None or resolved is types.NoneType:
+        return 0
+    if resolved in (typing.NoReturn, typing_extensions.Never, getattr(typing, "Never", None)):
+        raise _errors.never_returns(name_of(f))
+    nesting = _nesting(resolved, scope)
+    if nesting is _EMPTY:
+        return 0
+    if not isinstance(nesting, tuple):
+        raise _errors.variable_output(name_of(f), _text(annotation))
+    return count(nesting)
+
+
+def _nesting(annotation: Any, scope: Names, depth: int = 0) -> Nesting | _Special:
+    annotation = scope.resolve(annotation)
+    if annotation is tuple or annotation is tuple_alias:
+        return _OPEN_ENDED
+    if typing.get_origin(annotation) is not tuple:
+        return ()
+    arguments = typing.get_args(annotation)
+    if not arguments:
+        return _EMPTY
+    if Ellipsis in arguments or any(map(_is_unpacked, arguments)) or depth > _DEEPEST:
+        return _OPEN_ENDED
+    parts = tuple(_nesting(argument, scope, depth + 1) for argument in arguments)
+    nested: list[Nesting] = []
+    for part in parts:
+        if not isinstance(part, tuple):
+            return _OPEN_ENDED
+        nested.append(part)
+    return tuple(nested)
+
+
+tuple_alias: Any = typing.Tuple  # noqa: UP006  # the bare alias is an annotation people write
+_DEEPEST = 32  # a recursive alias has no last level
+
+
+def _is_unpacked(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (
+        typing_extensions.Unpack,
+        getattr(typing, "Unpack", None),
+    ) or isinstance(annotation, typing_extensions.TypeVarTuple)
+
+
+def _text(annotation: Any) -> str:
+    if isinstance(annotation, str):
+        return annotation
+    plain = isinstance(annotation, type) and typing.get_origin(annotation) is None
+    return annotation.__name__ if plain else str(annotation)
+
+
+class _Unresolved:
+    """Stands for a name that an annotation uses and nothing defines: one item, whatever it is."""
+
+    def __getattr__(self, name: str) -> _Unresolved:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __getitem__(self, key: object) -> _Unresolved:
+        return self
+
+    def __or__(self, other: object) -> _Unresolved:
+        return self
+
+    __ror__ = __or__
+
+    def __call__(self, *args: object, **kwargs: object) -> _Unresolved:
+        return self
+
+
+class Names(collections.abc.Mapping[str, Any]):
+    """The names that a callable's annotations may use, for those that are strings.
+
+    A name that nothing defines (a type imported for the checker alone, or local to a function that
+    has returned) is one item: it is not guessed to be a tuple.
+    """
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        function = underlying_function(f)
+        self._layers: list[Mapping[str, Any]] = []
+        if isinstance(function, types.FunctionType):
+            self._layers.append(inspect.getclosurevars(function).nonlocals)
+            self._layers.append(function.__globals__)
+        else:
+            module = sys.modules.get(_attribute(function, "__module__") or "")
+            self._layers.append(vars(module) if module else {})
+        self._layers.append(vars(builtins))
+
+    def __getitem__(self, name: str) -> Any:
+        for layer in self._layers:
+            if name in layer:
+                return layer[name]
+        return _Unresolved()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({name for layer in self._layers for name in layer})
+
+    def __len__(self) -> int:
+        return sum(map(len, self._layers))
+
+    def resolve(self, annotation: Any) -> Any:
+        """The type that an annotation means: strings evaluated, aliases opened."""
+        for _ in range(_DEEPEST):
+            if isinstance(annotation, typing.ForwardRef):
+                annotation = annotation.__forward_arg__
+            if isinstance(annotation, str):
+                annotation = self._evaluate(annotation)
+            elif typing.get_origin(annotation) is typing.Annotated:
+                annotation = typing.get_args(annotation)[0]
+            elif isinstance(annotation, _ALIASES):
+                annotation = annotation.__value__  # type: ignore[attr-defined]
+            elif isinstance(typing.get_origin(annotation), _ALIASES):
+                alias: Any = typing.get_origin(annotation)
+                annotation = alias.__value__[typing.get_args(annotation)]
+            elif isinstance(annotation, typing.NewType):
+                annotation = annotation.__supertype__
+            else:
+                break
+        return annotation
+
+    def _evaluate(self, annotation: str) -> Any:
+        try:
+            return eval(annotation, {"__builtins__": {}}, self)  # noqa: S307  # what Python itself does with a hint
+        except Exception:  # whatever a hint raises, it is then one that cannot be resolved
+            return _Unresolved()
+
+
+_ALIASES: tuple[type, ...] = tuple(
+    {
+        typing_extensions.TypeAliasType,
+        getattr(typing, "TypeAliasType", typing_extensions.TypeAliasType),
+    }
+)
+
+
+def underlying_function(f: Any) -> Any:
+    """The function whose parameters and annotations a callable has."""
+    while isinstance(f, functools.partial):
+        f = f.func
+    if not isinstance(f, type | types.FunctionType | types.MethodType | types.BuiltinFunctionType):
+        wrapped = None if isinstance(f, nn.Module) else _attribute(f, "__wrapped__")
+        f = wrapped if callable(wrapped) else type(f).__call__
+    f = inspect.unwrap(f)
+    return f.__func__ if isinstance(f, types.MethodType) else f
+
+
+def _parameters(f: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    signature = _python_signature(f)
+    return None if signature is None else signature.parameters
+
+
+def _python_signature(f: Callable[..., Any]) -> inspect.Signature | None:
+    if isinstance(f, nn.Module):
+        signature = _python_signature(type(f).__call__)
+        if signature is None:
+            return None
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+    try:
+        if sys.version_info >= (3, 14):
+            import annotationlib
+
+            return inspect.signature(f, annotation_format=annotationlib.Format.FORWARDREF)
+        return inspect.signature(f)
+    except Exception:  # builtins have none, and an arbitrary object may raise anything
+        return None

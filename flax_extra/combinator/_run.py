@@ -1,0 +1,223 @@
+"""How a pipeline runs: a walk over the expression, with the stack in hand.
+
+Structural combinators are only read; what is called is layers and functions. So a pipeline leaves
+nothing of itself in the compiled program, and every error knows its path.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from flax_extra.combinator import _errors
+from flax_extra.combinator._binding import UNBOUND, Binding
+from flax_extra.combinator._children import Child, is_combinator
+from flax_extra.combinator._inference import name_of
+from flax_extra.combinator._signature import Signature
+from flax_extra.combinator._stack import (
+    Missing,
+    Stack,
+    describe,
+    flatten,
+    lacks,
+    pad,
+    put,
+    regroup,
+    take,
+    unstack,
+)
+
+if TYPE_CHECKING:
+    from flax_extra.combinator._base import Combinator
+
+_path: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("path", default=())
+"""Where in the enclosing pipelines this one runs."""
+
+
+class Slot:
+    """Stands, in what a derived combinator means, for one of its children."""
+
+    def __init__(self, owner: Combinator, index: int, child: Child) -> None:
+        self.owner = owner
+        self.index = index
+        self.child = child
+        self.signature = child.signature
+
+    def __call__(self, *items: Any) -> Any:
+        raise _errors.no_meaning(self.owner.label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What the walk knows where it stands.
+
+    Args:
+        path: the segments from the outermost pipeline to here.
+        binding: which bound module stands for which child.
+        context: the keywords handed to every descendant that takes them.
+        n_in: how many inputs the pipeline takes, for errors.
+        given: how many it was given.
+        derived: the derived combinator whose meaning is being run, if one is. Its wiring adds
+            nothing to the path.
+        operation: the childless combinator that is being run, if one is.
+    """
+
+    path: tuple[str, ...]
+    binding: Binding
+    context: Mapping[str, Any]
+    n_in: int
+    given: int
+    derived: Combinator | None = None
+    operation: str | None = None
+
+    def into(self, owner: Combinator, index: int) -> Frame:
+        path = (*self.path, owner.segment(index))
+        return dataclasses.replace(self, path=path, derived=None, operation=None)
+
+    def leaf_path(self, name: str) -> tuple[str, ...]:
+        if self.derived is not None and len(self.derived.children):
+            return (*self.path, self.derived.label, self.operation or name)
+        return (*self.path, self.operation or name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Runs the children of one combinator: ``steps(index, stack)`` gives the stack after one."""
+
+    owner: Combinator
+    frame: Frame
+
+    def __call__(self, index: int, stack: Stack) -> Stack:
+        return _step(self.owner, index, stack, self.frame)
+
+    def on(self, owner: Combinator) -> Steps:
+        """The same steps inside a lifted transform, on the owner as it is bound there."""
+        binding = owner.bound if owner.bound is not None else UNBOUND
+        return Steps(owner, dataclasses.replace(self.frame, binding=binding))
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return (*self.frame.path, self.owner.label)
+
+
+def run(combinator: Combinator, inputs: Stack, context: Mapping[str, Any]) -> Any:
+    """Calls a pipeline: the inputs are the stack, what is left of it at the end is returned."""
+    unknown = context.keys() - combinator.keywords
+    if unknown:
+        raise _errors.unknown_context(combinator.label, unknown, combinator.keywords)
+    stack = flatten(inputs)
+    signature = combinator.signature
+    frame = Frame(
+        path=_path.get(),
+        binding=combinator.bound if combinator.bound is not None else UNBOUND,
+        context=context,
+        n_in=signature.n_in,
+        given=len(stack),
+    )
+    stack = evaluate(combinator, pad(stack, signature.n_in), frame)
+    if lacks(stack):
+        raise _too_few(frame, (*frame.path, combinator.label), signature, stack)
+    return unstack(stack)
+
+
+def evaluate(combinator: Combinator, stack: Stack, frame: Frame) -> Stack:
+    """The stack after a combinator: what it means, where it is derived, else what it does."""
+    meaning = combinator.meaning
+    if meaning is None:
+        return combinator.flow(stack, Steps(combinator, frame))
+    if frame.derived is None:
+        frame = dataclasses.replace(frame, derived=combinator)
+    if not len(combinator.children) and frame.operation is None:
+        frame = dataclasses.replace(frame, operation=combinator.label)
+    return evaluate(meaning, stack, frame)
+
+
+def _step(owner: Combinator, index: int, stack: Stack, frame: Frame) -> Stack:
+    child = owner.children[index]
+    if frame.derived is None and owner.is_visible:
+        frame = frame.into(owner, index)
+    while isinstance(child.target, Slot):
+        slot = child.target
+        child = slot.child
+        if slot.owner is frame.derived:
+            frame = frame.into(slot.owner, slot.index)
+    structure = child.structure
+    if structure is None:
+        return _call(child, stack, frame)
+    if child.fixed:
+        frame = dataclasses.replace(frame, context={**frame.context, **child.fixed})
+    return evaluate(structure, stack, frame)
+
+
+def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
+    signature = child.signature
+    items, rest = take(stack, signature.n_in)
+    path = frame.leaf_path(_label(child.target))
+    if lacks(items):
+        raise _too_few(frame, path, signature, stack)
+    module = child.module
+    f = child.target if module is None else child.on(frame.binding.find(module))
+    # A combinator with a scope puts its own label on the path, at its first step.
+    inner = path[:-1] if is_combinator(child.target) else path
+    token = _path.set(inner)
+    try:
+        returned = f(*_positional(child, items), **_keywords(child, items, frame.context))
+    except Exception as error:
+        _annotate(error, path, signature, stack)
+        raise
+    finally:
+        _path.reset(token)
+    outputs = () if returned is None and signature.n_out == 0 else flatten(returned)
+    if len(outputs) != signature.n_out:
+        raise _errors.wrong_n_out(
+            path,
+            str(signature),
+            signature.n_out,
+            len(outputs),
+            describe(outputs) if outputs else "",
+            describe(stack),
+        )
+    return put(outputs, rest)
+
+
+def _positional(child: Child, items: Stack) -> Stack:
+    arguments = regroup(items, child.signature.in_shape)
+    names = child.contract.names
+    return tuple(a for a, name in zip(arguments, names, strict=True) if name is None)
+
+
+def _keywords(child: Child, items: Stack, context: Mapping[str, Any]) -> dict[str, Any]:
+    contract = child.contract
+    keywords = {k: v for k, v in context.items() if k in contract.keywords}
+    if any(contract.names):
+        arguments = regroup(items, child.signature.in_shape)
+        keywords.update(
+            {name: a for a, name in zip(arguments, contract.names, strict=True) if name is not None}
+        )
+    return {**keywords, **child.fixed}
+
+
+def _label(target: Callable[..., Any]) -> str:
+    if is_combinator(target):
+        return target.label
+    return name_of(target)
+
+
+def _too_few(
+    frame: Frame, path: tuple[str, ...], signature: Signature, stack: Stack
+) -> _errors.SignatureError:
+    present = sum(not isinstance(item, Missing) for item in take(stack, signature.n_in)[0])
+    return _errors.too_few_inputs(
+        path, str(signature), signature.n_in, present, describe(stack), frame.n_in, frame.given
+    )
+
+
+def _annotate(error: Exception, path: tuple[str, ...], signature: Signature, stack: Stack) -> None:
+    """Adds where and on what, once: the innermost pipeline that sees an error knows most."""
+    if isinstance(error, _errors.SignatureError) and " -> " in str(error):
+        return
+    notes = getattr(error, "__notes__", ())
+    if not any(str(note).startswith(_errors.NOTE_PREFIX) for note in notes):
+        error.add_note(_errors.raised_in(path, str(signature), describe(stack)))

@@ -1,0 +1,119 @@
+"""Signatures and their algebra. No jax in it.
+
+A signature ``n_in -> n_out`` composes two ways, and both are associative:
+
+    >>> f, g = Signature(1, 2), Signature(3, 1)
+    >>> str(f.then(g)), str(f.beside(g))
+    ('2 -> 1', '4 -> 3')
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeAlias
+
+from flax_extra.combinator import _errors
+
+Nesting: TypeAlias = tuple["Nesting", ...]
+"""How items are grouped into arguments: ``()`` is one item, a tuple groups what it holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """How many items a callable takes off the stack, and how many it puts there.
+
+    Args:
+        n_in: number of items it takes off the top.
+        n_out: number of items it puts there instead.
+        start_index: where its inputs begin, counted from the top of the stack. It is 0 but for
+            the children of ``parallel``, each of which reads the next span.
+        in_shape: how the items are grouped into arguments: ``()`` for an argument that is one
+            item, a tuple for an argument that is itself a tuple. Left out, each item is an
+            argument.
+
+    Raises:
+        SignatureError: where a number is negative, or ``in_shape`` holds other than ``n_in``
+            items.
+
+    Example:
+        >>> from flax_extra import combinator as cb
+        >>> cb.Signature(n_in=2, n_out=1)
+        Signature(n_in=2, n_out=1, start_index=0, in_shape=((), ()))
+        >>> cb.Signature(3, 2, in_shape=(((), ()), ())).index_bounds
+        (0, 3)
+    """
+
+    n_in: int
+    n_out: int
+    start_index: int = 0
+    in_shape: Nesting = ()
+
+    def __post_init__(self) -> None:
+        text = f"Signature({self.n_in!r}, {self.n_out!r}, {self.start_index!r}, {self.in_shape!r})"
+        for name in ("n_in", "n_out", "start_index"):
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise _errors.bad_signature(text, f"{name} is not an integer")
+            if value < 0:
+                raise _errors.bad_signature(text, f"{name} is negative")
+        if self.in_shape == ():
+            object.__setattr__(self, "in_shape", ((),) * self.n_in)
+        if not is_nesting(self.in_shape):
+            raise _errors.bad_signature(text, "in_shape is not made of tuples")
+        held = sum(map(count, self.in_shape))
+        if held != self.n_in:
+            raise _errors.bad_signature(
+                text, f"in_shape holds {held} items and n_in is {self.n_in}"
+            )
+
+    @property
+    def index_bounds(self) -> tuple[int, int]:
+        """The span of the stack it reads: first index, and one past the last."""
+        return self.start_index, self.start_index + self.n_in
+
+    def then(self, other: Signature) -> Signature:
+        """This, followed by the other on the stack that it leaves.
+
+        Example:
+            >>> str(Signature(1, 2).then(Signature(1, 1)))
+            '1 -> 2'
+        """
+        return Signature(
+            n_in=self.n_in + max(0, other.n_in - self.n_out),
+            n_out=other.n_out + max(0, self.n_out - other.n_in),
+        )
+
+    def beside(self, other: Signature) -> Signature:
+        """This on the top of the stack, the other on the items beneath.
+
+        Example:
+            >>> str(Signature(1, 2).beside(Signature(1, 1)))
+            '2 -> 3'
+        """
+        return Signature(n_in=self.n_in + other.n_in, n_out=self.n_out + other.n_out)
+
+    def at(self, start_index: int) -> Signature:
+        """The same signature, reading from ``start_index`` on.
+
+        Example:
+            >>> Signature(2, 1).at(3).index_bounds
+            (3, 5)
+        """
+        return dataclasses.replace(self, start_index=start_index)
+
+    def __str__(self) -> str:
+        return f"{self.n_in} -> {self.n_out}"
+
+
+def count(nesting: Nesting) -> int:
+    """The number of items in a nesting.
+
+    >>> count(()), count(((), ((), ())))
+    (1, 3)
+    """
+    return sum(map(count, nesting)) if nesting else 1
+
+
+def is_nesting(value: object) -> bool:
+    """Whether a value is made of tuples alone."""
+    return type(value) is tuple and all(map(is_nesting, value))
