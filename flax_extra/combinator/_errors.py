@@ -205,8 +205,8 @@ def more_out_than_in(signature: str, text: str) -> SignatureError:
 def scan_arity(signature: str, text: str, n_carry: int) -> SignatureError:
     return SignatureError(
         f"scan takes a cell from (carry.., x) to (carry.., y), here with "
-        f"{_count(n_carry, 'carry item')}; got {text} with signature {signature}. Let it give back every carry item, or say how "
-        f"many there are: cb.scan(cell, n_carry=...)."
+        f"{_count(n_carry, 'carry item')}; got {text} with signature {signature}. Let it give back "
+        f"every carry item, or say how many there are: cb.scan(cell, n_carry=...)."
     )
 
 

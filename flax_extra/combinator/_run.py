@@ -116,10 +116,10 @@ def run(combinator: Combinator, inputs: Stack, context: Mapping[str, Any]) -> An
         n_in=signature.n_in,
         given=len(stack),
     )
-    stack = evaluate(combinator, pad(stack, signature.n_in), frame)
-    if lacks(stack):
+    result = evaluate(combinator, pad(stack, signature.n_in), frame)
+    if frame.given < frame.n_in:  # nothing looked at what is missing: it was handed on, or dropped
         raise _too_few(frame, (*frame.path, combinator.label), signature, stack)
-    return unstack(stack)
+    return unstack(result)
 
 
 def evaluate(combinator: Combinator, stack: Stack, frame: Frame) -> Stack:
