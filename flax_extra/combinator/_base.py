@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self, TypeVar, overload
@@ -22,6 +21,7 @@ from flax_extra.combinator._binding import (
     bind_as_scope,
     bind_in_host,
     current_module,
+    has_numbered_name,
     in_setup,
     is_unspecified,
     release,
@@ -151,8 +151,7 @@ class Combinator(nn.Module):
             >>> cb.serial(name="encoder").label, cb.serial().label
             ('encoder', 'serial')
         """
-        numbered = self.name is None or re.fullmatch(rf"{type(self).__name__}_\d+", self.name)
-        return self.kind if numbered or self.name is None else self.name
+        return self.kind if self.name is None or has_numbered_name(self) else self.name
 
     @property
     def kind(self) -> str:
@@ -178,8 +177,8 @@ class Combinator(nn.Module):
         parent: Any = self.parent
         if is_unspecified(parent):
             parent = current_module()
-        if isinstance(parent, nn.Module) and not in_setup(parent):
-            if self.is_lifted or self.name is not None:
+        if isinstance(parent, nn.Module):
+            if self.is_lifted or self.name is not None or in_setup(parent):
                 release(self, parent)
             else:
                 # It stands in the parent's scope, as if its layers had been called one by one.

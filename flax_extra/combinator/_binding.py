@@ -69,12 +69,16 @@ def layout(children: Children) -> Iterator[tuple[str, nn.Module]]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        name = module.name
-        if name is None:
-            kind = type(module).__name__
-            name = f"{kind}_{counts.setdefault(kind, 0)}"
+        kind = type(module).__name__
+        numbered = f"{kind}_{counts.setdefault(kind, 0)}"
+        if module.name is None or (module.scope is not None and has_numbered_name(module)):
             counts[kind] += 1
-        yield name, module
+        yield module.name or numbered, module
+
+
+def has_numbered_name(module: nn.Module) -> bool:
+    """Whether a module has the kind of name that is given to one without: ``Dense_0``."""
+    return re.fullmatch(rf"{type(module).__name__}_\d+", str(module.name)) is not None
 
 
 def bind_as_scope(owner: Combinator) -> Binding:
@@ -120,11 +124,12 @@ def in_setup(module: nn.Module) -> bool:
 
 
 def release(owner: Combinator, host: nn.Module) -> None:
-    """Takes back from a compact method the fresh layers of a combinator that opens a scope.
+    """Takes back from a module the fresh layers of a combinator that will have a scope.
 
     ``cb.repeat(nn.Dense(4), 3)`` in a compact method: Python makes the Dense first, and linen gives
-    it to the method. It belongs to the repeat, so that the same expression gives the same tree.
-    A layer that has been called, or is an attribute, stays where it is, and is shared.
+    it to the module. It belongs to the repeat, so that the same expression gives the same tree.
+    In setup the same goes for layers with a name. A layer that has been called, or is an attribute,
+    stays where it is, and is shared.
     """
     kept = {id(leaf) for leaf in jax.tree_util.tree_leaves(list(vars(host).values()))}
     for module in reversed(list(owner.children.modules())):
@@ -144,7 +149,7 @@ def release(owner: Combinator, host: nn.Module) -> None:
 
 def _forget_place(module: nn.Module) -> None:
     """Puts a bound module back to the state of one that waits in setup for a name."""
-    if re.fullmatch(rf"{type(module).__name__}_\d+", str(module.name)):
+    if has_numbered_name(module):
         object.__setattr__(module, "name", None)
     object.__setattr__(module, "scope", None)
     if is_combinator(module):
@@ -156,9 +161,10 @@ def _forget_place(module: nn.Module) -> None:
 
 def _check_stack(owner: nn.Module, bound: nn.Module) -> None:
     mine, its = _innermost_stack(owner), _innermost_stack(bound.parent)
-    if mine is not its:
-        stack = mine or its
-        raise _errors.shared_across_stack(name_of(bound), stack.label if stack else "a stack")
+    for stack, other in ((mine, its), (its, mine)):
+        # Linen clones a module now and then: two clones have one and the same children.
+        if stack is not None and (other is None or stack.children is not other.children):
+            raise _errors.shared_across_stack(name_of(bound), stack.label)
 
 
 def _innermost_stack(module: Any) -> Combinator | None:

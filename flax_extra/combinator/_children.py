@@ -126,7 +126,8 @@ class Children:
         return joined
 
     def _meets(self, other: Children) -> bool:
-        return bool(other._stacked) and any(id(m) in other._stacked for m in self.modules())
+        within = other._stacked
+        return bool(within) and any(id(m) in within for m, _ in _scoped_modules(self, None))
 
     @property
     def stacked(self) -> frozenset[int]:

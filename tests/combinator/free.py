@@ -165,7 +165,7 @@ folds = st.builds(
 
 
 @st.composite
-def pipelines(draw: st.DrawFn, layers: st.SearchStrategy[Any] | None = None, max_leaves: int = 10):
+def pipelines(draw: st.DrawFn, layers: st.SearchStrategy[Any] | None = None, max_leaves: int = 6):
     """A pipeline of functions and layers. Some layers are one instance, used more than once."""
     shared = draw(st.lists(fresh_layers, min_size=1, max_size=2))
     leaves = st.one_of(
