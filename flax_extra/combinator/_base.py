@@ -197,8 +197,14 @@ class Combinator(nn.Module):
         if name != "children":
             if name != "bound":
                 super()._register_submodules(name, val)  # type: ignore[no-untyped-call]
-        elif self._host is None and self.bound is None:
-            object.__setattr__(self, "bound", bind_as_scope(self))
+        elif self.bound is None and (self._host is None or self._state.is_initialized):
+            self._bind()
+
+    @nn.nowrap
+    def _bind(self) -> None:
+        host = self._host
+        bound = bind_as_scope(self) if host is None else bind_in_host(self, host)
+        object.__setattr__(self, "bound", bound)
 
     @nn.nowrap
     def clone(
@@ -243,8 +249,8 @@ class Combinator(nn.Module):
         if self.scope is None:
             return run(self, inputs, context)
         if self._host is not None:
-            if self.bound is None:
-                object.__setattr__(self, "bound", bind_in_host(self, self._host))
+            if self.bound is None:  # not before it is called: it may be for another scope
+                self._bind()
             return run(self, inputs, context)
         return self._call_bound(*inputs, **context)
 
@@ -304,7 +310,11 @@ class Combinator(nn.Module):
         position = operator.index(index)
         if not -len(self) <= position < len(self):
             raise _errors.index_out_of_range(self.label, position, len(self))
-        child = self.parts[position]
+        return self._part(self.parts[position])
+
+    @nn.nowrap
+    def _part(self, child: Child) -> Any:
+        """What a child is from outside: where this is bound, it is bound too."""
         if child.structure is not None:
             return self._view(child.structure, child.structure.children)
         if child.module is None or self.bound is None:
@@ -379,9 +389,10 @@ def _deep_cloned(
         return children
 
     def clone(module: nn.Module) -> nn.Module:
-        if module._id not in cache:
-            cache[module._id] = module.clone(_deep_clone=cache)
-        return cache[module._id]
+        known = cache.get(module._id)
+        if known is None:  # the cache is weak, so hold on to what goes in
+            known = cache[module._id] = module.clone(_deep_clone=cache)
+        return known
 
     return children.with_modules(clone)
 

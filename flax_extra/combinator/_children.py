@@ -7,6 +7,7 @@ names can follow the algebra instead: see ``_binding.py``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import types
@@ -68,6 +69,12 @@ class Child:
 
     def __hash__(self) -> int:
         return hash((self._key(), tuple(sorted(self.fixed))))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Child:
+        # Functions are what they are; some that jax wraps would not equal their copy.
+        holds_modules = is_combinator(self.target) or self.module is not None
+        target = copy.deepcopy(self.target, memo) if holds_modules else self.target
+        return Child(target, self.contract, copy.deepcopy(self.fixed, memo))
 
 
 def is_combinator(f: object) -> TypeGuard[Combinator]:

@@ -60,7 +60,8 @@ class Residual(Combinator):
             >>> cb.residual(abs).shortcut
             Identity(signature=Signature(n_in=1, n_out=1, start_index=0, in_shape=((),)))
         """
-        return self.children[-1].target
+        around: Callable[..., Any] = self._part(self.children[-1])
+        return around
 
     @property
     def parts(self) -> Children:

@@ -160,7 +160,9 @@ shuffles = st.one_of(
 )
 
 folds = st.builds(
-    lambda name, n: cb.fold(Function(name, cb.Signature(2, 1)), n), st.sampled_from("fg"), st.integers(1, 3)
+    lambda name, n: cb.fold(Function(name, cb.Signature(2, 1)), n),
+    st.sampled_from("fg"),
+    st.integers(1, 3),
 )
 
 
@@ -169,7 +171,11 @@ def pipelines(draw: st.DrawFn, layers: st.SearchStrategy[Any] | None = None, max
     """A pipeline of functions and layers. Some layers are one instance, used more than once."""
     shared = draw(st.lists(fresh_layers, min_size=1, max_size=2))
     leaves = st.one_of(
-        functions, layers if layers is not None else fresh_layers, st.sampled_from(shared), shuffles, folds
+        functions,
+        layers if layers is not None else fresh_layers,
+        st.sampled_from(shared),
+        shuffles,
+        folds,
     )
     expressions = st.recursive(leaves, _extend, max_leaves=max_leaves)
     # Four levels at least, whatever the drawn parts are.

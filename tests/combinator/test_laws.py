@@ -156,7 +156,9 @@ def test_one_input_too_few_is_an_error(p):
     if n_in == 0:
         return
     items = [f"x{i}" for i in range(n_in - 1)]
-    with pytest.raises(cb.SignatureError, match=f"takes {n_in} inputs? and was called with {n_in - 1}"):
+    with pytest.raises(
+        cb.SignatureError, match=f"takes {n_in} inputs? and was called with {n_in - 1}"
+    ):
         p.init(free.KEY, *items)
 
 

@@ -112,9 +112,9 @@ def test_as_a_field_it_is_under_the_field():
 
 
 def test_inside_another_pipeline():
-    assert kernels(cb.serial(InSetup(), expression())) == under(
-        "InSetup_0/encoder", GOLDEN
-    ) | GOLDEN
+    assert (
+        kernels(cb.serial(InSetup(), expression())) == under("InSetup_0/encoder", GOLDEN) | GOLDEN
+    )
     assert kernels(cb.serial(cb.serial(expression()))) == GOLDEN
     assert kernels(cb.serial(expression(), name="outer")) == GOLDEN
     assert kernels(cb.serial(cb.serial(expression(), name="outer"))) == under("outer", GOLDEN)
@@ -188,7 +188,9 @@ def seeded(signature):
 
 
 @given(
-    st.lists(free.pipelines(layers=st.sampled_from(free.ARITIES).map(seeded), max_leaves=4), max_size=3),
+    st.lists(
+        free.pipelines(layers=st.sampled_from(free.ARITIES).map(seeded), max_leaves=4), max_size=3
+    ),
     st.data(),
 )
 def test_regrouping_and_insertion_change_no_bit(parts, data):
@@ -196,7 +198,13 @@ def test_regrouping_and_insertion_change_no_bit(parts, data):
     cut = data.draw(st.integers(0, len(parts)))
     nested = cb.serial(parts[:cut], cb.serial(parts[cut:]))
     nothing = st.sampled_from(
-        [cb.identity(), cb.select((0, 1)), cb.swap() >> cb.swap(), cb.dup() >> cb.drop(), lambda x: x]
+        [
+            cb.identity(),
+            cb.select((0, 1)),
+            cb.swap() >> cb.swap(),
+            cb.dup() >> cb.drop(),
+            lambda x: x,
+        ]
     )
     padded = cb.serial(*(step for part in parts for step in (part, data.draw(nothing))))
     padding = cb.identity(3)  # so that what is inserted finds items to pass on
@@ -243,14 +251,14 @@ def test_one_instance_has_one_set_of_parameters_however_deep():
     w = p.init(KEY, X)["params"]["Dense_0"]["kernel"]
     y = X @ w
     y = y @ w + y @ w
-    np.testing.assert_allclose(
-        p.apply(p.init(KEY, X), X), y @ w @ w @ w @ w, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(p.apply(p.init(KEY, X), X), y @ w @ w @ w @ w, rtol=1e-5, atol=1e-6)
 
 
 def test_the_first_use_owns_the_parameters():
     d = dense()
-    assert kernels(cb.serial(cb.serial(d, name="a"), cb.serial(d, name="b"))) == {"a/Dense_0": (4, 4)}
+    assert kernels(cb.serial(cb.serial(d, name="a"), cb.serial(d, name="b"))) == {
+        "a/Dense_0": (4, 4)
+    }
     assert kernels(cb.serial(cb.repeat(d, 2, shared=True), d)) == {"Repeat_0/Dense_0": (4, 4)}
     cell = cb.serial(cb.add(), d, cb.dup())
     p = cb.serial(d, cb.scan(cell, axis=0), cb.drop(), d)
@@ -264,7 +272,10 @@ def test_two_equal_instances_are_two_layers():
 def test_tied_embeddings():
     embed = nn.Embed(10, 4)
     p = cb.serial(embed, dense(), embed.attend)
-    assert tree(p, jnp.zeros((2, 3), int)) == {"Embed_0/embedding": (10, 4), "Dense_0/kernel": (4, 4)}
+    assert tree(p, jnp.zeros((2, 3), int)) == {
+        "Embed_0/embedding": (10, 4),
+        "Dense_0/kernel": (4, 4),
+    }
     variables = p.init(KEY, jnp.zeros((2, 3), int))
     assert p.apply(variables, jnp.zeros((2, 3), int)).shape == (2, 3, 10)
 
