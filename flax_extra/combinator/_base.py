@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self, TypeVar, overload
 
 from flax import linen as nn
+from flax.errors import SetAttributeFrozenModuleError
 
 from flax_extra.combinator import _errors
 from flax_extra.combinator._binding import (
@@ -26,7 +27,7 @@ from flax_extra.combinator._binding import (
     is_unspecified,
     release,
 )
-from flax_extra.combinator._children import NO_CHILDREN, Children
+from flax_extra.combinator._children import NO_CHILDREN, Child, Children
 from flax_extra.combinator._expression import Argument, expression, representation, settings
 from flax_extra.combinator._run import Slot, Steps, run
 from flax_extra.combinator._signature import Signature
@@ -78,6 +79,20 @@ class Combinator(nn.Module):
     is_lifted: ClassVar[bool] = False
     is_visible: ClassVar[bool] = True
     __array_ufunc__: ClassVar[None] = None  # so that numpy leaves the operators to us
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        # What reads a pipeline needs no variables, and linen is not to set it up for that.
+        for name, member in vars(cls).items():
+            if hasattr(getattr(Combinator, name, None), "nowrap"):
+                nn.nowrap(member)
+        super().__init_subclass__(**options)
+
+    @nn.nowrap
+    def __setattr__(self, name: str, val: Any) -> None:
+        if self._is_built and name in self.__dataclass_fields__ and name not in ("name", "parent"):
+            error: Callable[..., Exception] = SetAttributeFrozenModuleError
+            raise error(type(self).__name__, name, val)
+        super().__setattr__(name, val)
 
     # What a subclass says of itself
 
@@ -168,12 +183,14 @@ class Combinator(nn.Module):
     # A linen module
 
     _host: ClassVar[nn.Module | None] = None
+    _is_built: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         given: object = self.children
         if not isinstance(given, Children):
             self.children = Children.of(given)
         self._check()
+        object.__setattr__(self, "_is_built", True)
         parent: Any = self.parent
         if is_unspecified(parent):
             parent = current_module()

@@ -23,8 +23,8 @@ from flax import linen as nn
 from flax.linen import module as linen_module
 
 from flax_extra.combinator import _errors
-from flax_extra.combinator._children import Children, is_combinator
-from flax_extra.combinator._inference import name_of
+from flax_extra.combinator._children import Children
+from flax_extra.combinator._inference import is_combinator, name_of
 
 if TYPE_CHECKING:
     from flax_extra.combinator._base import Combinator

@@ -12,12 +12,19 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from flax import linen as nn
 
 from flax_extra.combinator import _errors
-from flax_extra.combinator._inference import NO_FIXED, Contract, contract, name_of, shorten
+from flax_extra.combinator._inference import (
+    NO_FIXED,
+    Contract,
+    contract,
+    is_combinator,
+    name_of,
+    shorten,
+)
 from flax_extra.combinator._signature import Signature
 
 if TYPE_CHECKING:
@@ -75,11 +82,6 @@ class Child:
         holds_modules = is_combinator(self.target) or self.module is not None
         target = copy.deepcopy(self.target, memo) if holds_modules else self.target
         return Child(target, self.contract, copy.deepcopy(self.fixed, memo))
-
-
-def is_combinator(f: object) -> TypeGuard[Combinator]:
-    """Whether ``f`` is a combinator. Asks its class: asking a linen module may run setup."""
-    return getattr(type(f), "is_combinator", False) is True
 
 
 def _transplant(f: Any, module: nn.Module | None) -> Callable[..., Any]:

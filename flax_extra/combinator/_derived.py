@@ -12,8 +12,6 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flax import linen as nn
-
 from flax_extra.combinator import _errors
 from flax_extra.combinator._base import OPERATORS, Combinator, join, only_child
 from flax_extra.combinator._children import Child, Children, child_of
@@ -27,13 +25,11 @@ from flax_extra.combinator._shuffle import at_least, identity, integer, select
 class Branch(Combinator):
     """Callables on the same items. See :func:`branch`."""
 
-    @nn.nowrap
     def expand(self, *children: Callable[..., Any]) -> Combinator:
         spans = [range(infer_signature(child).n_in) for child in children]
         indices = [index for span in spans for index in span]
         return select(indices, n_in=max(map(len, spans), default=0)) >> parallel(*children)
 
-    @nn.nowrap
     def _check(self) -> None:
         """Nothing can be wrong with it, so its meaning can wait until it is asked for."""
 
@@ -41,7 +37,6 @@ class Branch(Combinator):
 class Residual(Combinator):
     """A body and a shortcut around it, added. See :func:`residual`."""
 
-    @nn.nowrap
     def expand(self, *children: Callable[..., Any]) -> Combinator:
         *body, shortcut = children
         return branch(serial(*body), shortcut) >> add()
@@ -67,16 +62,13 @@ class Residual(Combinator):
     def parts(self) -> Children:
         return self.body
 
-    @nn.nowrap
     def with_parts(self, parts: Children) -> Children:
         return parts.joined(Children(self.children.items[-1:]))
 
-    @nn.nowrap
     def segment(self, index: int) -> str:
         is_body = index < len(self.body)
         return super().segment(index) if is_body else f"{self.label}[shortcut]"
 
-    @nn.nowrap
     def _check(self) -> None:
         body = serial(self.body)
         for side, child in (("body", child_of(body)), ("shortcut", self.children[-1])):
@@ -97,12 +89,10 @@ class Keep(Combinator):
 
     n: int = 1
 
-    @nn.nowrap
     def expand(self, f: Callable[..., Any]) -> Combinator:  # type: ignore[override]  # one child
         n_in = infer_signature(f).n_in
         return select((*range(n_in), *range(n_in - self.n, n_in)), n_in=n_in) >> serial(f)
 
-    @nn.nowrap
     def _check(self) -> None:
         at_least("keep", "n", 0, self.n)
         child = self.children[0]
@@ -116,11 +106,9 @@ class Dip(Combinator):
 
     n: int = 1
 
-    @nn.nowrap
     def expand(self, f: Callable[..., Any]) -> Combinator:  # type: ignore[override]  # one child
         return parallel(identity(self.n), f)
 
-    @nn.nowrap
     def _check(self) -> None:
         at_least("dip", "n", 0, self.n)
         super()._check()

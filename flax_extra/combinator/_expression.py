@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flax import linen as nn
 
-from flax_extra.combinator._children import is_combinator
-from flax_extra.combinator._inference import name_of, shorten
+from flax_extra.combinator._inference import is_combinator, name_of, shorten
 
 if TYPE_CHECKING:
     from flax_extra.combinator._base import Combinator

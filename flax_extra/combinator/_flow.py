@@ -15,12 +15,10 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flax import linen as nn
-
 from flax_extra.combinator._base import OPERATORS, Combinator, join
 from flax_extra.combinator._children import Children
 from flax_extra.combinator._run import Steps
-from flax_extra.combinator._signature import Signature
+from flax_extra.combinator._signature import Signature, in_parallel, in_series
 from flax_extra.combinator._stack import Stack, put, take
 
 
@@ -29,11 +27,8 @@ class Serial(Combinator):
 
     @functools.cached_property
     def signature(self) -> Signature:
-        return functools.reduce(
-            Signature.then, (c.signature for c in self.children), Signature(0, 0)
-        )
+        return in_series(child.signature for child in self.children)
 
-    @nn.nowrap
     def flow(self, stack: Stack, steps: Steps) -> Stack:
         for index in range(len(self.children)):
             stack = steps(index, stack)
@@ -45,9 +40,7 @@ class Parallel(Combinator):
 
     @functools.cached_property
     def signature(self) -> Signature:
-        return functools.reduce(
-            Signature.beside, (c.signature for c in self.children), Signature(0, 0)
-        )
+        return in_parallel(child.signature for child in self.children)
 
     @property
     def spans(self) -> tuple[Signature, ...]:
@@ -64,7 +57,6 @@ class Parallel(Combinator):
             start += child.signature.n_in
         return tuple(spans)
 
-    @nn.nowrap
     def flow(self, stack: Stack, steps: Steps) -> Stack:
         taken, rest = take(stack, self.signature.n_in)
         outputs: Stack = ()

@@ -15,13 +15,16 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import typing_extensions
 from flax import linen as nn
 
 from flax_extra.combinator import _errors
 from flax_extra.combinator._signature import Nesting, Signature, count
+
+if TYPE_CHECKING:
+    from flax_extra.combinator._base import Combinator
 
 NO_FIXED: Mapping[str, Any] = {}
 
@@ -107,8 +110,15 @@ def name_of(f: object) -> str:
     """
     if isinstance(f, functools.partial):
         return name_of(f.func)
+    if is_combinator(f):
+        return f.label
     name = None if isinstance(f, nn.Module) else _attribute(f, "__name__")
     return name if isinstance(name, str) else type(f).__name__
+
+
+def is_combinator(f: object) -> TypeGuard[Combinator]:
+    """Whether ``f`` is a combinator. Asks its class: asking a linen module may run setup."""
+    return getattr(type(f), "is_combinator", False) is True
 
 
 def shorten(text: str, limit: int = 80) -> str:
@@ -127,6 +137,8 @@ def _attribute(f: object, name: str) -> Any:
 
 
 def _declared(f: object) -> Signature | None:
+    if is_combinator(f):
+        return f.signature
     declared = _attribute(f, "signature")
     return declared if isinstance(declared, Signature) else None
 

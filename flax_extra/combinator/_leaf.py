@@ -6,8 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from flax import linen as nn
-
 from flax_extra.combinator._base import Combinator
 from flax_extra.combinator._children import Children, child_of
 from flax_extra.combinator._expression import Argument
@@ -25,7 +23,6 @@ class Fn(Combinator):
     def signature(self) -> Signature:
         return self.children[0].signature
 
-    @nn.nowrap
     def flow(self, stack: Stack, steps: Steps) -> Stack:
         return steps(0, stack)
 

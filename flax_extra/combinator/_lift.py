@@ -42,7 +42,6 @@ class _Lifted(Combinator):
         signature = self.children[0].signature
         return Signature(signature.n_in, signature.n_out)
 
-    @nn.nowrap
     def _check(self) -> None:
         if len(self.children) != 1:
             raise _errors.not_one_child(self.kind, len(self.children))
@@ -60,7 +59,6 @@ class Repeat(_Lifted):
     def stacks(self) -> bool:
         return not self.shared
 
-    @nn.nowrap
     def _check(self) -> None:
         super()._check()
         at_least("repeat", "n", 0, self.n)
@@ -69,7 +67,6 @@ class Repeat(_Lifted):
         if child.signature.n_out > child.signature.n_in:
             raise _errors.more_out_than_in(str(child.signature), _text(child))
 
-    @nn.nowrap
     def flow(self, stack: Stack, steps: Steps) -> Stack:
         taken, rest = take(stack, self.signature.n_in)
         carry, constant = take(taken, self.signature.n_out)
@@ -106,7 +103,6 @@ class Scan(_Lifted):
         """How many of the cell's inputs are its carry."""
         return self.signature.n_in - 1 if self.n_carry is None else self.n_carry
 
-    @nn.nowrap
     def _check(self) -> None:
         super()._check()
         at_least("scan", "unroll", 1, self.unroll)
@@ -116,7 +112,6 @@ class Scan(_Lifted):
         if child.signature.n_out < self.n_carried:
             raise _errors.scan_arity(str(child.signature), _text(child), self.n_carried)
 
-    @nn.nowrap
     def flow(self, stack: Stack, steps: Steps) -> Stack:
         taken, rest = take(stack, self.signature.n_in)
         carry, xs = take(taken, self.n_carried)
@@ -137,7 +132,6 @@ class Scan(_Lifted):
         )
         return put(put(carry, ys), rest)
 
-    @nn.nowrap
     def _check_axis(self, role: str, item: Any, extra: int, steps: Steps, stack: Stack) -> None:
         for leaf in jax.tree_util.tree_leaves(item):
             rank = jnp.ndim(leaf) + extra
@@ -151,7 +145,6 @@ class Remat(_Lifted):
 
     policy: Callable[..., bool] | None = None
 
-    @nn.nowrap
     def flow(self, stack: Stack, steps: Steps) -> Stack:
         taken, rest = take(stack, self.signature.n_in)
         leaves, tree = jax.tree_util.tree_flatten(taken)

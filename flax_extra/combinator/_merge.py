@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from flax_extra.combinator import _errors
 from flax_extra.combinator._base import Combinator, only_child
@@ -36,7 +35,6 @@ class Fold(Combinator):
     def signature(self) -> Signature:
         return Signature(self.n_in, 1)
 
-    @nn.nowrap
     def flow(self, stack: Stack, steps: Steps) -> Stack:
         items, rest = take(stack, self.n_in)
         folded = items[:1]
@@ -44,7 +42,6 @@ class Fold(Combinator):
             folded = steps(0, put(folded, (item,)))
         return put(folded, rest)
 
-    @nn.nowrap
     def _check(self) -> None:
         at_least("fold", "n_in", 1, self.n_in)
         signature = self.children[0].signature
@@ -60,11 +57,9 @@ class _Arithmetic(Combinator):
 
     operation: ClassVar[str]
 
-    @nn.nowrap
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         return fold(getattr(operator, self.operation), self.n_in)
 
-    @nn.nowrap
     def _check(self) -> None:
         at_least(self.kind, "n_in", 1, self.n_in)
         super()._check()
@@ -100,11 +95,9 @@ class Concatenate(Combinator):
     axis: int = -1
     n_in: int = 2
 
-    @nn.nowrap
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         return fn(functools.partial(_concatenate, self.axis), n_in=self.n_in, n_out=1)
 
-    @nn.nowrap
     def _check(self) -> None:
         at_least("concatenate", "n_in", 1, self.n_in)
         super()._check()
@@ -116,12 +109,10 @@ class Split(Combinator):
     n_out: int = 2
     axis: int = -1
 
-    @nn.nowrap
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         cut = functools.partial(_split, self.n_out, self.axis)
         return fn(cut, n_in=1, n_out=self.n_out)
 
-    @nn.nowrap
     def _check(self) -> None:
         at_least("split", "n_out", 1, self.n_out)
         super()._check()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flax_extra.combinator import _errors
 from flax_extra.combinator._binding import UNBOUND, Binding
-from flax_extra.combinator._children import Child, is_combinator
-from flax_extra.combinator._inference import name_of
+from flax_extra.combinator._children import Child
+from flax_extra.combinator._inference import is_combinator, name_of
 from flax_extra.combinator._signature import Signature
 from flax_extra.combinator._stack import (
     Missing,
@@ -154,7 +154,7 @@ def _step(owner: Combinator, index: int, stack: Stack, frame: Frame) -> Stack:
 def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
     signature = child.signature
     items, rest = take(stack, signature.n_in)
-    path = frame.leaf_path(_label(child.target))
+    path = frame.leaf_path(name_of(child.target))
     if lacks(items):
         raise _too_few(frame, path, signature, stack)
     module = child.module
@@ -197,12 +197,6 @@ def _keywords(child: Child, items: Stack, context: Mapping[str, Any]) -> dict[st
             {name: a for a, name in zip(arguments, contract.names, strict=True) if name is not None}
         )
     return {**keywords, **child.fixed}
-
-
-def _label(target: Callable[..., Any]) -> str:
-    if is_combinator(target):
-        return target.label
-    return name_of(target)
 
 
 def _too_few(

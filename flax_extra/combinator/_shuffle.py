@@ -14,8 +14,6 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from flax import linen as nn
-
 from flax_extra.combinator import _errors
 from flax_extra.combinator._base import Combinator
 from flax_extra.combinator._expression import Argument
@@ -41,11 +39,9 @@ class Select(Combinator):
         n_read = max(self.n_popped, max(self.indices, default=-1) + 1)
         return Signature(n_read, len(self.indices) + n_read - self.n_popped)
 
-    @nn.nowrap
     def flow(self, stack: Stack, steps: Steps) -> Stack:
         return put(pick(stack, self.indices), take(stack, self.n_popped)[1])
 
-    @nn.nowrap
     def _check(self) -> None:
         for index in self.indices:
             if index < 0:
@@ -64,7 +60,6 @@ class _Shuffle(Combinator):
 
     n_in: int = 1
 
-    @nn.nowrap
     def _check(self) -> None:
         at_least(self.kind, "n_in", 0, self.n_in)
         super()._check()
@@ -73,7 +68,6 @@ class _Shuffle(Combinator):
 class Dup(_Shuffle):
     """The top items twice. See :func:`dup`."""
 
-    @nn.nowrap
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         return select((*range(self.n_in), *range(self.n_in)), n_in=self.n_in)
 
@@ -81,7 +75,6 @@ class Dup(_Shuffle):
 class Drop(_Shuffle):
     """Without the top items. See :func:`drop`."""
 
-    @nn.nowrap
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         return select((), n_in=self.n_in)
 
@@ -89,7 +82,6 @@ class Drop(_Shuffle):
 class Identity(_Shuffle):
     """The top items as they are. See :func:`identity`."""
 
-    @nn.nowrap
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         return select(range(self.n_in), n_in=self.n_in)
 
@@ -97,7 +89,6 @@ class Identity(_Shuffle):
 class Swap(Combinator):
     """The top two items exchanged. See :func:`swap`."""
 
-    @nn.nowrap
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         return select((1, 0))
 

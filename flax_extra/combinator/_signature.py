@@ -1,15 +1,16 @@
 """Signatures and their algebra. No jax in it.
 
-A signature ``n_in -> n_out`` composes two ways, and both are associative:
+Signatures compose two ways, and both are associative:
 
     >>> f, g = Signature(1, 2), Signature(3, 1)
-    >>> str(f.then(g)), str(f.beside(g))
+    >>> str(in_series([f, g])), str(in_parallel([f, g]))
     ('2 -> 1', '4 -> 3')
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TypeAlias
 
 from flax_extra.combinator import _errors
@@ -71,27 +72,6 @@ class Signature:
         """The span of the stack it reads: first index, and one past the last."""
         return self.start_index, self.start_index + self.n_in
 
-    def then(self, other: Signature) -> Signature:
-        """This, followed by the other on the stack that it leaves.
-
-        Example:
-            >>> str(Signature(1, 2).then(Signature(1, 1)))
-            '1 -> 2'
-        """
-        return Signature(
-            n_in=self.n_in + max(0, other.n_in - self.n_out),
-            n_out=other.n_out + max(0, self.n_out - other.n_in),
-        )
-
-    def beside(self, other: Signature) -> Signature:
-        """This on the top of the stack, the other on the items beneath.
-
-        Example:
-            >>> str(Signature(1, 2).beside(Signature(1, 1)))
-            '2 -> 3'
-        """
-        return Signature(n_in=self.n_in + other.n_in, n_out=self.n_out + other.n_out)
-
     def at(self, start_index: int) -> Signature:
         """The same signature, reading from ``start_index`` on.
 
@@ -103,6 +83,33 @@ class Signature:
 
     def __str__(self) -> str:
         return f"{self.n_in} -> {self.n_out}"
+
+
+def in_series(signatures: Iterable[Signature]) -> Signature:
+    """Each on the stack that the one before leaves.
+
+    >>> str(in_series([Signature(1, 2), Signature(1, 1)])), str(in_series([]))
+    ('1 -> 2', '0 -> 0')
+    """
+    n_in = n_out = 0
+    for signature in signatures:
+        missing = max(0, signature.n_in - n_out)
+        n_in += missing
+        n_out += missing - signature.n_in + signature.n_out
+    return Signature(n_in, n_out)
+
+
+def in_parallel(signatures: Iterable[Signature]) -> Signature:
+    """Each on the items beneath those of the one before.
+
+    >>> str(in_parallel([Signature(1, 2), Signature(1, 1)]))
+    '2 -> 3'
+    """
+    n_in = n_out = 0
+    for signature in signatures:
+        n_in += signature.n_in
+        n_out += signature.n_out
+    return Signature(n_in, n_out)
 
 
 def count(nesting: Nesting) -> int:
