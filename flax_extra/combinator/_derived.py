@@ -19,7 +19,7 @@ from flax_extra.combinator._expression import Argument, expression
 from flax_extra.combinator._flow import parallel, serial
 from flax_extra.combinator._inference import infer_signature, shorten
 from flax_extra.combinator._merge import add
-from flax_extra.combinator._shuffle import at_least, identity, integer, select
+from flax_extra.combinator._shuffle import check_items, identity, integer, select
 
 
 class Branch(Combinator):
@@ -94,7 +94,7 @@ class Keep(Combinator):
         return select((*range(n_in), *range(n_in - self.n, n_in)), n_in=n_in) >> serial(f)
 
     def _check(self) -> None:
-        at_least("keep", "n", 0, self.n)
+        check_items("keep", "n", self.n)
         child = self.children[0]
         if self.n > child.signature.n_in:
             raise _errors.keep_too_deep(self.n, str(child.signature), _text(child))
@@ -110,7 +110,7 @@ class Dip(Combinator):
         return parallel(identity(self.n), f)
 
     def _check(self) -> None:
-        at_least("dip", "n", 0, self.n)
+        check_items("dip", "n", self.n)
         super()._check()
 
 

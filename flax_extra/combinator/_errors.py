@@ -162,6 +162,13 @@ def contradicted(f: str, name: str, asked: int, known: int) -> SignatureError:
     )
 
 
+def too_many_items(asked: str, name: str, most: int, value: int) -> SignatureError:
+    return SignatureError(
+        f"{asked} takes {name} of at most {most}; got {value}. Put many values in one item: a "
+        f"list, a dict or an array."
+    )
+
+
 # Building: combinators.
 
 

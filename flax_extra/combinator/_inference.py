@@ -21,7 +21,7 @@ import typing_extensions
 from flax import linen as nn
 
 from flax_extra.combinator import _errors
-from flax_extra.combinator._signature import Nesting, Signature, count
+from flax_extra.combinator._signature import MOST_ITEMS, Nesting, Signature, count
 
 if TYPE_CHECKING:
     from flax_extra.combinator._base import Combinator
@@ -90,6 +90,8 @@ def contract(
             raise _errors.not_an_integer("cb.fn", name, repr(value))
         if value is not None and value < 0:
             raise _errors.too_small("cb.fn", name, 0, value)
+        if value is not None and value > MOST_ITEMS:
+            raise _errors.too_many_items("cb.fn", name, MOST_ITEMS, value)
     declared = _declared(f) or _ufunc(f)
     if declared is not None:
         return _declared_contract(f, declared, n_in, n_out, fixed)

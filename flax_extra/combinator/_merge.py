@@ -21,7 +21,7 @@ from flax_extra.combinator._expression import expression
 from flax_extra.combinator._inference import shorten
 from flax_extra.combinator._leaf import fn
 from flax_extra.combinator._run import Steps
-from flax_extra.combinator._shuffle import at_least, integer
+from flax_extra.combinator._shuffle import check_items, integer
 from flax_extra.combinator._signature import Signature
 from flax_extra.combinator._stack import Stack, put, take
 
@@ -43,7 +43,7 @@ class Fold(Combinator):
         return put(folded, rest)
 
     def _check(self) -> None:
-        at_least("fold", "n_in", 1, self.n_in)
+        check_items("fold", "n_in", self.n_in, least=1)
         signature = self.children[0].signature
         if (signature.n_in, signature.n_out) != (2, 1):
             text = shorten(expression(self.children[0].target))
@@ -61,7 +61,7 @@ class _Arithmetic(Combinator):
         return fold(getattr(operator, self.operation), self.n_in)
 
     def _check(self) -> None:
-        at_least(self.kind, "n_in", 1, self.n_in)
+        check_items(self.kind, "n_in", self.n_in, least=1)
         super()._check()
 
 
@@ -99,7 +99,7 @@ class Concatenate(Combinator):
         return fn(functools.partial(_concatenate, self.axis), n_in=self.n_in, n_out=1)
 
     def _check(self) -> None:
-        at_least("concatenate", "n_in", 1, self.n_in)
+        check_items("concatenate", "n_in", self.n_in, least=1)
         super()._check()
 
 
@@ -114,7 +114,7 @@ class Split(Combinator):
         return fn(cut, n_in=1, n_out=self.n_out)
 
     def _check(self) -> None:
-        at_least("split", "n_out", 1, self.n_out)
+        check_items("split", "n_out", self.n_out, least=1)
         super()._check()
 
 

@@ -18,7 +18,7 @@ from flax_extra.combinator import _errors
 from flax_extra.combinator._base import Combinator
 from flax_extra.combinator._expression import Argument
 from flax_extra.combinator._run import Steps
-from flax_extra.combinator._signature import Signature
+from flax_extra.combinator._signature import MOST_ITEMS, Signature
 from flax_extra.combinator._stack import Stack, pick, put, take
 
 
@@ -46,8 +46,7 @@ class Select(Combinator):
         for index in self.indices:
             if index < 0:
                 raise _errors.negative_index(index)
-        if self.n_in is not None:
-            at_least("select", "n_in", 0, self.n_in)
+        check_items("select", "n_in", self.n_popped)
 
     @property
     def arguments(self) -> list[Argument]:
@@ -61,7 +60,7 @@ class _Shuffle(Combinator):
     n_in: int = 1
 
     def _check(self) -> None:
-        at_least(self.kind, "n_in", 0, self.n_in)
+        check_items(self.kind, "n_in", self.n_in)
         super()._check()
 
 
@@ -203,6 +202,13 @@ def integer(asked: str, name: str, value: Any) -> int:
         return operator.index(value)
     except Exception as error:  # whatever an arbitrary object's __index__ raises
         raise _errors.not_an_integer(asked, name, repr(value)) from error
+
+
+def check_items(asked: str, name: str, value: int, least: int = 0) -> None:
+    """Refuses what is not a number of items of a stack."""
+    at_least(asked, name, least, value)
+    if value > MOST_ITEMS:
+        raise _errors.too_many_items(asked, name, MOST_ITEMS, value)
 
 
 def at_least(asked: str, name: str, least: int, value: int) -> None:

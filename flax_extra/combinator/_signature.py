@@ -19,6 +19,10 @@ Nesting: TypeAlias = tuple["Nesting", ...]
 """How items are grouped into arguments: ``()`` is one item, a tuple groups what it holds."""
 
 
+MOST_ITEMS = 100_000
+"""The deepest that a stack can be: more is a mistake, and would be counted out in memory."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Signature:
     """How many items a callable takes off the stack, and how many it puts there.
@@ -57,6 +61,8 @@ class Signature:
                 raise _errors.bad_signature(text, f"{name} is not an integer")
             if value < 0:
                 raise _errors.bad_signature(text, f"{name} is negative")
+            if value > MOST_ITEMS:
+                raise _errors.too_many_items("Signature", name, MOST_ITEMS, value)
         if self.in_shape == ():
             object.__setattr__(self, "in_shape", ((),) * self.n_in)
         if not is_nesting(self.in_shape):

@@ -186,7 +186,7 @@ objects = st.recursive(
     st.one_of(
         st.none(),
         st.booleans(),
-        st.integers(),
+        st.integers() | st.integers(-3, 10**5 + 3),
         st.floats(),
         st.text(string.ascii_letters),
         st.binary(),

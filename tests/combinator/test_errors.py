@@ -263,6 +263,12 @@ def test_an_exception_that_is_caught_inside_leaves_no_trace():
         (lambda: cb.concatenate("x"), TypeError, "concatenate takes an integer for axis; got 'x'"),
         (lambda: cb.split(0), ValueError, "split takes n_out of at least 1; got 0"),
         (lambda: cb.dup(-1), ValueError, "dup takes n_in of at least 0; got -1"),
+        (
+            lambda: cb.dup(10**9),
+            cb.SignatureError,
+            "dup takes n_in of at most 100000; got 1000000000",
+        ),
+        (lambda: cb.select((10**9,)), cb.SignatureError, "n_in of at most 100000; got 1000000001"),
         (lambda: cb.select(1), TypeError, "a sequence of integers for indices; got 1"),
         (lambda: cb.select((0.5,)), TypeError, "an integer for indices; got 0.5"),
         (lambda: cb.select((0,), n_in=-1), ValueError, "select takes n_in of at least 0; got -1"),

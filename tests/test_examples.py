@@ -1,0 +1,15 @@
+"""The examples in docs/ run. `make demo` runs them in full; here, briefly."""
+
+import runpy
+from pathlib import Path
+
+DIGITS = Path(__file__).parent.parent / "docs/examples/digits_autoencoder.py"
+
+
+def test_digits_autoencoder(tmp_path, capsys):
+    main = runpy.run_path(str(DIGITS))["main"]
+    picture = tmp_path / "digits.png"
+    assert main(["--steps", "30", "--picture", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "360 held-out images, label hidden" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
