@@ -24,7 +24,7 @@ class SignatureError(ValueError):
         >>> cb.select((-1,))
         Traceback (most recent call last):
             ...
-        flax_extra.combinator._errors.SignatureError: select takes indices counted from the \
+        flax_extra.combinator.SignatureError: select takes indices counted from the \
 top of the stack, which is index 0; got -1. Use a non-negative index.
     """
 
@@ -39,9 +39,12 @@ class SharingError(ValueError):
         >>> cb.serial(dense, cb.repeat(dense, 3))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        flax_extra.combinator._errors.SharingError: one instance of Dense is used both ...
+        flax_extra.combinator.SharingError: one instance of Dense is used both ...
     """
 
+
+for _exception in (SignatureError, SharingError):
+    _exception.__module__ = "flax_extra.combinator"  # where people find them
 
 NOTE_PREFIX = "flax_extra: in "
 REMEDY_FN = "cb.fn(f, n_in=..., n_out=..., key=value)"
