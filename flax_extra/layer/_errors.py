@@ -98,5 +98,121 @@ def no_state_size(cell: str) -> ValueError:
     )
 
 
+# Positions.
+
+
+def wrong_positions(layer: str, dtype: Any, shape: Sequence[Any]) -> ValueError:
+    return ValueError(
+        f"{layer} takes output positions as integers on one axis, [time]; got {dtype}"
+        f"{_shape(shape)}."
+    )
+
+
+def position_out_of_range(layer: str, position: int, seqlen: Any) -> ValueError:
+    return ValueError(
+        f"{layer} takes output positions from 0 to {seqlen - 1}, in a sequence of length {seqlen}; "
+        f"got {position}."
+    )
+
+
+def no_subset(layer: str) -> ValueError:
+    return ValueError(
+        f"{layer} learns its sequence as a whole and gives no subset of it; got output positions. "
+        f"Leave them out, or use FourierPositionEncoding."
+    )
+
+
+def traced_number(layer: str, name: str) -> ValueError:
+    return ValueError(
+        f"{layer} takes {name} as Python numbers, since they size its result; got a traced array. "
+        f"Take them from a shape, or keep them out of what jax.jit traces."
+    )
+
+
+def mismatched_axes(layer: str, name: str, found: int, n_axes: int) -> ValueError:
+    return ValueError(
+        f"{layer} takes a {name} with one number for each axis of its seqshape; got {found} of "
+        f"them for {n_axes} axes."
+    )
+
+
+def wrong_bounds(layer: str, bounds: Sequence[Any]) -> ValueError:
+    return ValueError(
+        f"{layer} takes spatial_coordinate_bounds as (lower, upper), lower first; got {bounds}."
+    )
+
+
+def too_wide(layer: str, features: int, d_max: int) -> ValueError:
+    return ValueError(
+        f"{layer} fills features up to d_max; inputs have {features} features and d_max is {d_max}."
+    )
+
+
+def not_a_probability(layer: str, name: str, rate: Any) -> ValueError:
+    return ValueError(f"{layer} takes {name} from 0 to 1; got {rate}.")
+
+
+def no_masking_stream(layer: str, rate: float, stream: str) -> ValueError:
+    return ValueError(
+        f"{layer} is to mask positions at rate {rate} and has no rng stream {stream!r} to draw "
+        f"from. Give one: apply(variables, inputs, rngs={{{stream!r}: key}})."
+    )
+
+
+# Encoding, decoding and modalities.
+
+
+def not_a_constructor(layer: str, name: str, given: str) -> ValueError:
+    return ValueError(
+        f"{layer} takes for {name} a constructor, which it calls to make a module of its own; got "
+        f"{given}. Give functools.partial(Module, ...) or lambda: Module(...)."
+    )
+
+
+def mismatched_positions(layer: str, inputs: Any, positions: Any) -> ValueError:
+    return ValueError(
+        f"{layer} aggregates inputs and their positional encoding position by position; the inputs "
+        f"have length {inputs} and the positional encoding has length {positions}."
+    )
+
+
+def wrong_embedding(shape: Sequence[Any], features: Any) -> ValueError:
+    return ValueError(
+        f"EmbedDecoding takes an embedding of shape [n_embeddings, features] for outputs of shape "
+        f"[..., features], here {features} features; got an embedding of shape {_shape(shape)}."
+    )
+
+
+def no_embedding(given: str) -> ValueError:
+    return ValueError(
+        f"EmbedDecoding takes an embedding as an array [n_embeddings, features]; got {given}. Of a "
+        f"layer nn.Embed, give its array: EmbedDecoding(embed.embedding)."
+    )
+
+
+def no_modalities(layer: str) -> ValueError:
+    return ValueError(f"{layer} takes at least 1 modality; got 0.")
+
+
+def not_a_list(layer: str, name: str, given: str) -> ValueError:
+    return ValueError(
+        f"{layer} takes {name} as a list with one item for each modality; got {given}."
+    )
+
+
+def wrong_number(layer: str, name: str, found: int, n_modalities: int) -> ValueError:
+    return ValueError(
+        f"{layer} takes {name} with one item for each modality; got {found} for {n_modalities} "
+        f"{'modality' if n_modalities == 1 else 'modalities'}."
+    )
+
+
+def wrong_total(layer: str, lengths: Sequence[Any], total: Any, seqlen: Any) -> ValueError:
+    return ValueError(
+        f"{layer} splits its outputs by seqlen_outputs, {_shape(lengths)}, which sum to {total}; "
+        f"the outputs have length {seqlen}."
+    )
+
+
 def _shape(shape: Sequence[Any]) -> str:
     return f"[{', '.join(map(str, shape))}]"
