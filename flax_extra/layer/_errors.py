@@ -214,5 +214,12 @@ def wrong_total(layer: str, lengths: Sequence[Any], total: Any, seqlen: Any) -> 
     )
 
 
+def nothing_to_share(asked: str) -> ValueError:
+    return ValueError(
+        f"{asked} takes a multimodal_embedding_decoding for several modalities to share; got 1 "
+        f"modality. Give it that as its own embedding_decoding."
+    )
+
+
 def _shape(shape: Sequence[Any]) -> str:
     return f"[{', '.join(map(str, shape))}]"

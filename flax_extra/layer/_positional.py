@@ -140,7 +140,8 @@ class FourierPositionEncoding(nn.Module):
 
     def __post_init__(self) -> None:
         self.seqshape = tuple(self.seqshape)
-        self.spatial_coordinate_bounds = tuple(self.spatial_coordinate_bounds)
+        lower, upper = self.spatial_coordinate_bounds
+        self.spatial_coordinate_bounds = (lower, upper)
         _check_least(self, "n_bands", 1)
         if not self.seqshape or min(self.seqshape) < 1:
             raise _errors.too_small(type(self).__name__, "axes in seqshape", 1, self.seqshape)
@@ -150,7 +151,6 @@ class FourierPositionEncoding(nn.Module):
             if found != expected:
                 name = type(self).__name__
                 raise _errors.mismatched_axes(name, "max_resolution", found, expected)
-        lower, upper = self.spatial_coordinate_bounds
         if not lower < upper:
             raise _errors.wrong_bounds(type(self).__name__, self.spatial_coordinate_bounds)
         super().__post_init__()
@@ -237,7 +237,8 @@ class TrainablePositionalPadding(nn.Module):
         >>> import jax
         >>> from flax_extra.layer import TrainablePositionalPadding
         >>> padding = TrainablePositionalPadding(d_max=8)
-        >>> padded, variables = padding.init_with_output(jax.random.key(0), jax.numpy.ones((2, 5, 3)))
+        >>> inputs = jax.numpy.ones((2, 5, 3))
+        >>> padded, variables = padding.init_with_output(jax.random.key(0), inputs)
         >>> padded.shape, jax.tree.map(jax.numpy.shape, variables)
         ((2, 5, 8), {'params': {'padding': (1, 5)}})
     """
@@ -266,7 +267,8 @@ class TrainablePositionalPadding(nn.Module):
         if missing < 0:
             raise _errors.too_wide(type(self).__name__, inputs.shape[-1], self.d_max)
         if missing == 0:
-            return promote_dtype(inputs, dtype=self.dtype)[0]
+            (inputs,) = promote_dtype(inputs, dtype=self.dtype)
+            return inputs
         padding = self.param("padding", self.kernel_init, (1, missing), self.param_dtype)
         inputs, padding = promote_dtype(inputs, padding, dtype=self.dtype)
         return jnp.concatenate([inputs, _at_each_position(padding, inputs)], axis=-1)
@@ -359,7 +361,8 @@ def _axis_tables(
     coordinates = jnp.linspace(*bounds, size, endpoint=endpoint, dtype=jnp.float32)[:, None]
     bands = np.linspace(1, resolution / 2, n_bands, dtype=np.float32)[None, :]
     phases = np.float32(np.pi) * (coordinates * bands)
-    return jax.lax.optimization_barrier((coordinates, jnp.sin(phases), jnp.cos(phases)))
+    tables = coordinates, jnp.sin(phases), jnp.cos(phases)
+    return jax.lax.optimization_barrier(tables)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _unravel(indices: Array, shape: Sequence[int]) -> list[Array]:
