@@ -12,6 +12,7 @@
 (2, 5, 8)
 """
 
+from flax_extra.layer import io
 from flax_extra.layer._attention import (
     Attention,
     KVQAttention,
@@ -20,20 +21,46 @@ from flax_extra.layer._attention import (
     attend,
     cross_attention_mask,
 )
+from flax_extra.layer._decoding import Decoding, EmbedDecoding
+from flax_extra.layer._encoding import Encoding
 from flax_extra.layer._feed_forward import FeedForward
+from flax_extra.layer._multimodal import (
+    MultimodalDecoding,
+    MultimodalEncoding,
+    MultimodalPositionalEncoding,
+)
+from flax_extra.layer._positional import (
+    FourierPositionEncoding,
+    TrainablePositionalEncoding,
+    TrainablePositionalMasking,
+    TrainablePositionalPadding,
+)
 from flax_extra.layer._recurrent import LSTM, LSTMCell
 
 __all__ = [
-    # attention
+    # what a position takes from others
     "attend",
     "cross_attention_mask",
     "Attention",
     "QKVAttention",
     "KVQAttention",
     "SelfAttention",
-    # each position by itself
+    # what a position does by itself
     "FeedForward",
-    # recurrence
+    # one step after the other
     "LSTM",
     "LSTMCell",
+    # where a position is, and what stands in for it
+    "TrainablePositionalEncoding",
+    "FourierPositionEncoding",
+    "TrainablePositionalPadding",
+    "TrainablePositionalMasking",
+    # from data to a sequence, and back
+    "Encoding",
+    "Decoding",
+    "EmbedDecoding",
+    "MultimodalEncoding",
+    "MultimodalPositionalEncoding",
+    "MultimodalDecoding",
+    "io",
 ]

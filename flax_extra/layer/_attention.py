@@ -116,7 +116,7 @@ def cross_attention_mask(
     """
     if mask_q.ndim != 2 or mask_kv.ndim != 2 or mask_q.shape[0] != mask_kv.shape[0]:
         raise _errors.wrong_padding_masks(mask_q.shape, mask_kv.shape)
-    return jnp.logical_and(mask_q[:, :, None] != 0, mask_kv[:, None, :] != 0)
+    return mask_q[:, :, None].astype(bool) & mask_kv[:, None, :].astype(bool)
 
 
 def _logits_shape(query: Array, key: Array, value: Array) -> tuple[int, int, int, int]:
@@ -142,7 +142,7 @@ def _with_heads(mask: Array | None, logits_shape: tuple[int, int, int, int]) -> 
     )
     if not fits:
         raise _errors.wrong_mask_shape(mask.shape, logits_shape)
-    return mask.reshape(shape) != 0
+    return mask.reshape(shape).astype(bool)
 
 
 def _masked_softmax(logits: Array, mask: Array | None) -> Array:
