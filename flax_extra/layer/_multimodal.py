@@ -317,8 +317,9 @@ class MultimodalDecoding(nn.Module):
         ends = list(itertools.accumulate(lengths))
         if ends[-1] != outputs.shape[1]:
             raise _errors.wrong_total(name, lengths, ends[-1], outputs.shape[1])
-        if min(lengths) < 0:
-            raise _errors.too_small(name, "lengths in seqlen_outputs", 0, min(lengths))
+        for length in lengths:
+            if length < 0:
+                raise _errors.too_small(name, "lengths in seqlen_outputs", 0, length)
         starts = [0, *ends[:-1]]
         return [
             jax.lax.slice_in_dim(outputs, start, end, axis=1)

@@ -47,7 +47,7 @@ from flax_extra.layer._multimodal import (
     MultimodalPositionalEncoding,
 )
 
-__all__ = ["input_encoding", "query_encoding", "output_decoding", "target_encoding", "Modality"]
+__all__ = ["input_encoding", "query_encoding", "output_decoding", "target_encoding"]
 
 Modality: TypeAlias = Mapping[str, Any] | Constructor
 """The fields of a modality's layer, or a constructor for a layer of one's own."""
