@@ -1,5 +1,8 @@
 """The conformance list: one entry, or more, for every public layer and function.
 
+Here is what an entry says, and those of attention, feed-forward and recurrent layers;
+``tests/layer/multimodal_entries.py`` has the others.
+
 ``tests/layer/test_conformance.py`` puts each entry through every test, and fails when a public
 name is missing from the list.
 """
@@ -195,5 +198,3 @@ LAYER_ENTRIES = [
         repeatable=True,
     ),
 ]
-
-ENTRIES = [*LAYER_ENTRIES]

@@ -15,7 +15,10 @@ from flax import linen as nn
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
-from tests.layer.entries import ENTRIES, Entry
+from tests.layer.entries import LAYER_ENTRIES, Entry, sequence
+from tests.layer.multimodal_entries import MULTIMODAL_ENTRIES
+
+ENTRIES = [*LAYER_ENTRIES, *MULTIMODAL_ENTRIES]
 
 every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 HALF = pytest.mark.parametrize(
@@ -36,12 +39,12 @@ def test_entries_have_names_of_their_own() -> None:
 
 @every_entry
 def test_golden_parameters(entry: Entry) -> None:
-    assert _shapes(_params(entry)) == entry.param_shapes
+    assert _shapes(_initialised(entry, entry.make({}))) == entry.param_shapes
 
 
 @every_entry
 def test_parameters_are_float32(entry: Entry) -> None:
-    params = _params(entry, ("dtype", jnp.bfloat16))
+    params = _initialised(entry, entry.make({"dtype": jnp.bfloat16}))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} <= {jnp.dtype(jnp.float32)}
 
 
@@ -97,7 +100,7 @@ def test_vmap(entry: Entry) -> None:
 @HALF
 def test_half_precision(entry: Entry, half: Any) -> None:
     run = _runner(entry, entry.make({"dtype": half}))
-    found = run(_params(entry), _cast(_arrays(entry), half))
+    found = jax.jit(run)(_params(entry), _cast(_arrays(entry), half))
     expected = _leaves(_outputs(entry))
     assert {leaf.dtype for leaf in found if _is_float(leaf)} <= {jnp.dtype(half)}
     _assert_close(_cast(found, jnp.float32), expected, 0.05)
@@ -108,7 +111,7 @@ def test_float64(entry: Entry) -> None:
     with jax.enable_x64(True):
         run = _runner(entry, entry.make({"dtype": jnp.float64, "param_dtype": jnp.float64}))
         params, arrays = _cast((_params(entry), _arrays(entry)), jnp.float64)
-        found = run(params, arrays)
+        found = jax.jit(run)(params, arrays)
         assert {leaf.dtype for leaf in found if _is_float(leaf)} <= {jnp.dtype(jnp.float64)}
         if not entry.rngs:  # other bits are drawn for float64
             _assert_close(found, _leaves(_outputs(entry)), 1e-5)
@@ -117,7 +120,7 @@ def test_float64(entry: Entry) -> None:
 @every_entry
 def test_strict_promotion(entry: Entry) -> None:
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        _params.__wrapped__(entry)
+        _initialised(entry, entry.make({}))
         floats, loss = _loss(entry)
         if floats or entry.param_shapes:  # promotion is decided when the program is traced
             jax.eval_shape(jax.grad(loss, (0, 1)), _params(entry), floats)
@@ -172,7 +175,7 @@ def test_in_repeat(entry: Entry) -> None:
     layer = entry.make({})
     first, *others = entry.inputs()
     repeated = cb.repeat(layer, 2)
-    output, variables = repeated.init_with_output(_rngs(entry), first, *others)
+    output, variables = jax.jit(repeated.init_with_output)(_rngs(entry), first, *others)
     params = variables.get("params", {})
     stacked = jax.tree.map(lambda shape: (2, *shape), entry.param_shapes, is_leaf=_is_shape)
     assert _shapes(params) == ({f"{_kind(layer)}_0": stacked} if stacked else {})
@@ -193,12 +196,17 @@ def _rngs(entry: Entry) -> dict[str, Any]:
     return {name: jax.random.key(seed) for seed, name in enumerate(("params", *entry.rngs))}
 
 
-@functools.cache
-def _params(entry: Entry, *dtypes: tuple[str, Any]) -> Any:
-    module = entry.make(dict(dtypes))
-    if not isinstance(module, nn.Module):
+def _initialised(entry: Entry, layer: Callable[..., Any]) -> Any:
+    """The shapes and dtypes of the parameters that a layer makes."""
+    if not isinstance(layer, nn.Module):
         return {}
-    return module.init(_rngs(entry), *entry.inputs()).get("params", {})
+    return jax.eval_shape(lambda: layer.init(_rngs(entry), *entry.inputs())).get("params", {})
+
+
+@functools.cache
+def _params(entry: Entry) -> Any:
+    """Parameters of the documented shapes: random ones, for zeros would make a test blind."""
+    return jax.tree.map(lambda shape: sequence(*shape) / 2, entry.param_shapes, is_leaf=_is_shape)
 
 
 @functools.cache
