@@ -70,7 +70,7 @@ def test_trainable_encoding_gives_no_subset() -> None:
 # Fourier position encoding.
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(seqshapes, st.integers(1, 5), bounds, st.booleans(), st.booleans(), st.data())
 def test_fourier_is_the_formula(
     seqshape: tuple[int, ...],
@@ -104,7 +104,7 @@ def test_fourier_at_imagenet_size() -> None:
     np.testing.assert_allclose(encoded, expected, atol=1.2e-4)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(seqshapes, st.integers(1, 5), bounds, st.data())
 def test_fourier_rows_of_a_subset_are_those_of_the_grid(
     seqshape: tuple[int, ...], n_bands: int, bounds: tuple[float, float], data: st.DataObject
@@ -131,7 +131,7 @@ def test_fourier_rows_are_the_same_bits_inside_a_larger_program() -> None:
     np.testing.assert_array_equal(subset, encoding(1)[0][positions])
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(seqshapes, st.integers(1, 4), bounds, st.data())
 def test_fourier_in_the_subset_form_of_deepmind(
     seqshape: tuple[int, ...], n_bands: int, bounds: tuple[float, float], data: st.DataObject
