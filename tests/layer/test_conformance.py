@@ -20,6 +20,9 @@ from tests.layer.multimodal_entries import MULTIMODAL_ENTRIES
 
 ENTRIES = [*LAYER_ENTRIES, *MULTIMODAL_ENTRIES]
 
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""To compile takes most of the time here: a third of it without optimisation."""
+
 every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 HALF = pytest.mark.parametrize(
     "half", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__
@@ -68,7 +71,7 @@ def test_same_key_same_result(entry: Entry) -> None:
 
 @every_entry
 def test_jit(entry: Entry) -> None:
-    found = jax.jit(_runner(entry, entry.make({})))(_params(entry), _arrays(entry))
+    found = quick_jit(_runner(entry, entry.make({})))(_params(entry), _arrays(entry))
     _assert_close(found, _leaves(_outputs(entry)), 1e-5)
 
 
@@ -77,7 +80,7 @@ def test_gradients_are_finite(entry: Entry) -> None:
     floats, loss = _loss(entry)
     if not floats and not entry.param_shapes:
         return
-    leaves = jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(_params(entry), floats))
+    leaves = jax.tree.leaves(quick_jit(jax.grad(loss, (0, 1)))(_params(entry), floats))
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     assert any(np.any(leaf) for leaf in leaves)
 
@@ -90,7 +93,7 @@ def test_vmap(entry: Entry) -> None:
         return jnp.stack([x, x / 2 if _is_float(x) else x])
 
     params, arrays = jax.tree.map(batch, (_params(entry), _arrays(entry)))
-    mapped = jax.jit(jax.vmap(run, axis_size=2))(params, arrays)
+    mapped = quick_jit(jax.vmap(run, axis_size=2))(params, arrays)
     for index in range(2):
         one = jax.tree.map(lambda x: x[index], (params, arrays))  # noqa: B023
         _assert_close([leaf[index] for leaf in mapped], run(*one), 1e-5)
@@ -100,7 +103,7 @@ def test_vmap(entry: Entry) -> None:
 @HALF
 def test_half_precision(entry: Entry, half: Any) -> None:
     run = _runner(entry, entry.make({"dtype": half}))
-    found = jax.jit(run)(_params(entry), _cast(_arrays(entry), half))
+    found = quick_jit(run)(_params(entry), _cast(_arrays(entry), half))
     expected = _leaves(_outputs(entry))
     assert {leaf.dtype for leaf in found if _is_float(leaf)} <= {jnp.dtype(half)}
     _assert_close(_cast(found, jnp.float32), expected, 0.05)
@@ -111,7 +114,7 @@ def test_float64(entry: Entry) -> None:
     with jax.enable_x64(True):
         run = _runner(entry, entry.make({"dtype": jnp.float64, "param_dtype": jnp.float64}))
         params, arrays = _cast((_params(entry), _arrays(entry)), jnp.float64)
-        found = jax.jit(run)(params, arrays)
+        found = quick_jit(run)(params, arrays)
         assert {leaf.dtype for leaf in found if _is_float(leaf)} <= {jnp.dtype(jnp.float64)}
         if not entry.rngs:  # other bits are drawn for float64
             _assert_close(found, _leaves(_outputs(entry)), 1e-5)
@@ -175,7 +178,7 @@ def test_in_repeat(entry: Entry) -> None:
     layer = entry.make({})
     first, *others = entry.inputs()
     repeated = cb.repeat(layer, 2)
-    output, variables = jax.jit(repeated.init_with_output)(_rngs(entry), first, *others)
+    output, variables = quick_jit(repeated.init_with_output)(_rngs(entry), first, *others)
     params = variables.get("params", {})
     stacked = jax.tree.map(lambda shape: (2, *shape), entry.param_shapes, is_leaf=_is_shape)
     assert _shapes(params) == ({f"{_kind(layer)}_0": stacked} if stacked else {})
