@@ -274,8 +274,8 @@ def test_shapes_with_symbolic_dimensions() -> None:
         (
             lambda: run(X[0]),
             (
-                "LSTM takes inputs with axes [batch, time, features]; got shape [6, 4], which has 2 "
-                "of them."
+                "LSTM takes inputs with axes [batch, time, features]; got shape [6, 4], which has "
+                "2 of them."
             ),
         ),
         (lambda: xn.LSTM(0), "LSTM takes d_hidden of at least 1; got 0."),
