@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test check clean
+.PHONY: help demo test parity check clean
 
 help:
 	@echo "make demo    train the digits autoencoder and draw what it rebuilds"
 	@echo "make test    run the tests and every example in the docs"
+	@echo "make parity  compare the layers with torch"
 	@echo "make check   formatting, lint and strict types"
 	@echo "make clean   remove the environment and what was generated"
 
@@ -18,7 +19,10 @@ demo: $(VENV)/installed-demo
 	$(BIN)/python docs/examples/digits_autoencoder.py
 
 test: $(VENV)/installed-test
-	$(PYTEST) --numprocesses auto
+	$(PYTEST) --numprocesses auto --ignore tests/parity
+
+parity: $(VENV)/installed-parity
+	$(PYTEST) tests/parity
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff format --check

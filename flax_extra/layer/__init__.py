@@ -1,0 +1,66 @@
+"""Layers for sequence models: linen modules, each usable alone and as a step of a pipeline.
+
+>>> import jax, jax.numpy as jnp
+>>> from flax import linen as nn
+>>> from flax_extra import combinator as cb, layer as xn
+>>> block = cb.serial(
+...     cb.residual(nn.LayerNorm(), cb.fn(xn.SelfAttention(n_heads=4), mask=None)),
+...     cb.residual(nn.LayerNorm(), xn.FeedForward(widening_factor=4)),
+... )
+>>> encoder = nn.Embed(256, 8) >> cb.repeat(block, 6) >> nn.LayerNorm()
+>>> encoder.init_with_output(jax.random.key(0), jnp.zeros((2, 5), int))[0].shape
+(2, 5, 8)
+"""
+
+from flax_extra.layer import io
+from flax_extra.layer._attention import (
+    Attention,
+    KVQAttention,
+    QKVAttention,
+    SelfAttention,
+    attend,
+    cross_attention_mask,
+)
+from flax_extra.layer._decoding import Decoding, EmbedDecoding
+from flax_extra.layer._encoding import Encoding
+from flax_extra.layer._feed_forward import FeedForward
+from flax_extra.layer._multimodal import (
+    MultimodalDecoding,
+    MultimodalEncoding,
+    MultimodalPositionalEncoding,
+)
+from flax_extra.layer._positional import (
+    FourierPositionEncoding,
+    TrainablePositionalEncoding,
+    TrainablePositionalMasking,
+    TrainablePositionalPadding,
+)
+from flax_extra.layer._recurrent import LSTM, LSTMCell
+
+__all__ = [
+    # what a position takes from others
+    "attend",
+    "cross_attention_mask",
+    "Attention",
+    "QKVAttention",
+    "KVQAttention",
+    "SelfAttention",
+    # what a position does by itself
+    "FeedForward",
+    # one step after the other
+    "LSTM",
+    "LSTMCell",
+    # where a position is, and what stands in for it
+    "TrainablePositionalEncoding",
+    "FourierPositionEncoding",
+    "TrainablePositionalPadding",
+    "TrainablePositionalMasking",
+    # from data to a sequence, and back
+    "Encoding",
+    "Decoding",
+    "EmbedDecoding",
+    "MultimodalEncoding",
+    "MultimodalPositionalEncoding",
+    "MultimodalDecoding",
+    "io",
+]

@@ -1,0 +1,142 @@
+r"""From a model's outputs back to what they stand for.
+
+Source: Jaegle et al., "Perceiver IO: A General Architecture for Structured Inputs & Outputs"
+(2021), section 3.2 and appendix A; for tied embeddings Press and Wolf, "Using the Output Embedding
+to Improve Language Models" (2017).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
+from jax import Array
+from jaxtyping import Float, Shaped
+
+from flax_extra import combinator as cb
+from flax_extra.layer import _errors
+from flax_extra.layer._constructor import Constructor, check_constructor
+
+
+class EmbedDecoding(nn.Module):
+    r"""Scores each embedding at each position, with the vectors of the embedding itself.
+
+    .. math:: y \in \mathbb{R}^{m \times T \times d} \rightarrow
+        o \in \mathbb{R}^{m \times T \times n}, \quad o = y e^\top + b, \quad
+        e \in \mathbb{R}^{n \times d}, \quad b \in \mathbb{R}^{n}
+
+    The embedding is shared, not copied: it stays a parameter of the layer it comes from, which
+    learns from both of its uses. The one parameter here is the bias, zeros at first.
+
+    Args:
+        embedding: the vectors, ``[n_embeddings, features]``, such as those of ``nn.Embed``.
+        dtype: of the computation; what outputs and parameters promote to where it is None.
+        param_dtype: of the bias.
+
+    Raises:
+        ValueError: where the embedding is no array; at the call, where its shape does not fit.
+
+    Example:
+        >>> import jax
+        >>> from flax import linen as nn
+        >>> from flax_extra.layer import EmbedDecoding
+        >>> class LanguageModel(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, tokens):
+        ...         embed = nn.Embed(100, 8, name="embed")
+        ...         return EmbedDecoding(embed.embedding)(embed(tokens))
+        >>> tokens = jax.numpy.zeros((2, 5), int)
+        >>> logits, variables = LanguageModel().init_with_output(jax.random.key(0), tokens)
+        >>> logits.shape, jax.tree.map(jax.numpy.shape, variables["params"])
+        ((2, 5, 100), {'EmbedDecoding_0': {'bias': (100,)}, 'embed': {'embedding': (100, 8)}})
+    """
+
+    embedding: Float[Array, "n_embeddings features"]
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.embedding, "shape"):
+            raise _errors.no_embedding(type(self.embedding).__name__)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, outputs: Float[Array, "batch *time features"]
+    ) -> Float[Array, "batch *time n_embeddings"]:
+        """A score for each embedding at each position.
+
+        Args:
+            outputs: the model's outputs, ``[batch, ..., features]``.
+
+        Returns:
+            The scores, ``[batch, ..., n_embeddings]``.
+
+        Raises:
+            ValueError: where the embedding is not of shape ``[n_embeddings, features]``.
+        """
+        shape, features = self.embedding.shape, outputs.shape[-1]
+        if len(shape) != 2 or shape[1] != features:
+            raise _errors.wrong_embedding(shape, features)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape[:1], self.param_dtype)
+        outputs, embedding, bias = promote_dtype(outputs, self.embedding, bias, dtype=self.dtype)
+        scores: Array = outputs @ embedding.T
+        return scores + jnp.broadcast_to(bias, scores.shape)
+
+
+class Decoding(nn.Module):
+    r"""Decodes a model's outputs: an embedding decoding, then a postprocessing to their own shape.
+
+    .. math:: y \in \mathbb{R}^{m \times T \times d} \rightarrow
+        o \in \mathbb{R}^{m \times \dots \times d^{\prime}}, \quad
+        o = \mathrm{postprocess}(\mathrm{decode}(y))
+
+    Its parameters are those of the parts it makes, under ``embedding_decoder`` and
+    ``postprocessor``. A part made with a name keeps it.
+
+    Args:
+        embedding_decoding: a constructor for a decoder of each position, such as
+            :class:`~flax_extra.layer.EmbedDecoding` or ``nn.Dense``.
+        postprocessing: a constructor for a module or function of what is decoded.
+
+    Raises:
+        ValueError: where a constructor is none, above all where it is a module.
+
+    Example:
+        >>> import functools, jax
+        >>> from flax import linen as nn
+        >>> from flax_extra.layer import Decoding
+        >>> decoding = Decoding(
+        ...     embedding_decoding=functools.partial(nn.Dense, 3),
+        ...     postprocessing=lambda: lambda pixels: pixels.reshape(-1, 4, 4, 3),
+        ... )
+        >>> outputs = jax.numpy.ones((2, 16, 8))
+        >>> decoded, variables = decoding.init_with_output(jax.random.key(0), outputs)
+        >>> decoded.shape, jax.tree.map(jax.numpy.shape, variables)
+        ((2, 4, 4, 3), {'params': {'embedding_decoder': {'bias': (3,), 'kernel': (8, 3)}}})
+    """
+
+    embedding_decoding: Constructor = cb.identity
+    postprocessing: Constructor = cb.identity
+
+    def __post_init__(self) -> None:
+        check_constructor(type(self).__name__, "embedding_decoding", self.embedding_decoding)
+        check_constructor(type(self).__name__, "postprocessing", self.postprocessing)
+        super().__post_init__()
+
+    def setup(self) -> None:
+        self.embedding_decoder = self.embedding_decoding()
+        self.postprocessor = self.postprocessing()
+
+    def __call__(self, outputs: Float[Array, "batch time features"]) -> Shaped[Array, "batch ..."]:
+        """The decoded outputs.
+
+        Args:
+            outputs: the model's outputs, ``[batch, time, features]``.
+
+        Returns:
+            What the postprocessing makes of them, ``[batch, ...]``.
+        """
+        decoded: Array = self.postprocessor(self.embedding_decoder(outputs))
+        return decoded

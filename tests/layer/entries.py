@@ -1,0 +1,200 @@
+"""The conformance list: one entry, or more, for every public layer and function.
+
+Here is what an entry says, and those of attention, feed-forward and recurrent layers;
+``tests/layer/multimodal_entries.py`` has the others.
+
+``tests/layer/test_conformance.py`` puts each entry through every test, and fails when a public
+name is missing from the list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from flax_extra import layer as xn
+
+Dtypes = Mapping[str, Any]
+"""Fields to build a layer with: ``{}`` or ``{"dtype": jnp.bfloat16}``, say."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """One public layer or function, and what is documented of it.
+
+    Attributes:
+        name: the public name in ``flax_extra.layer``; ``io.input_encoding`` for one in a submodule.
+            What follows a colon tells entries of one name apart: ``"LSTM: return_sequences"``.
+        make: builds a fresh layer, or gives the function, from dtype fields. What has no such
+            fields ignores them.
+        inputs: the positional arguments of a call. Floating point ones are float32.
+        output_shapes: a shape, or a tuple or list of them, as the call returns it; a plain number
+            that the call returns stands for itself.
+        param_shapes: the golden parameter tree, a documented API; empty where there are none.
+        repeatable: whether the first output has the shape of the first input, for ``cb.repeat``.
+        rngs: the names of the rng streams that a call needs, other than ``params``.
+    """
+
+    name: str
+    make: Callable[[Dtypes], Callable[..., Any]]
+    inputs: Callable[[], tuple[Any, ...]]
+    output_shapes: Any
+    param_shapes: Mapping[str, Any]
+    repeatable: bool = False
+    rngs: tuple[str, ...] = ()
+
+
+def sequence(*shape: int, seed: int = 0) -> np.ndarray:
+    """Features drawn from a normal distribution."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+MASK = np.array([[[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]] * 2, bool)
+
+
+def _attend_by_mask(query: Any, key: Any, value: Any, mask: Any) -> Any:
+    return xn.attend(query, key, value, mask)
+
+
+def _dense(*shape: int) -> Mapping[str, Any]:
+    kernel, bias = shape, shape[1:]
+    return {"kernel": kernel, "bias": bias}
+
+
+def _cell(d_in: int, d: int) -> Mapping[str, Any]:
+    recurrent = {f"h{gate}": _dense(d, d) for gate in "ifgo"}
+    return recurrent | {f"i{gate}": {"kernel": (d_in, d)} for gate in "ifgo"}
+
+
+LAYER_ENTRIES = [
+    Entry(
+        name="attend",
+        make=lambda dtypes: xn.attend,
+        inputs=lambda: (
+            sequence(2, 3, 2, 4),
+            sequence(2, 4, 2, 4, seed=1),
+            sequence(2, 4, 2, 5, seed=2),
+        ),
+        output_shapes=(2, 3, 10),
+        param_shapes={},
+    ),
+    Entry(
+        name="attend: mask",
+        make=lambda dtypes: _attend_by_mask,
+        inputs=lambda: (
+            sequence(2, 3, 2, 4),
+            sequence(2, 4, 2, 4, seed=1),
+            sequence(2, 4, 2, 5, seed=2),
+            MASK,
+        ),
+        output_shapes=(2, 3, 10),
+        param_shapes={},
+    ),
+    Entry(
+        name="cross_attention_mask",
+        make=lambda dtypes: xn.cross_attention_mask,
+        inputs=lambda: (np.array([[1, 1, 0]]), np.array([[1, 0]])),
+        output_shapes=(1, 3, 2),
+        param_shapes={},
+    ),
+    Entry(
+        name="Attention",
+        make=lambda dtypes: xn.Attention(n_heads=2, **dtypes),
+        inputs=lambda: (sequence(2, 3, 4), sequence(2, 4, 6, seed=1), MASK),
+        output_shapes=(2, 3, 4),
+        param_shapes={
+            "query": _dense(4, 2, 2),
+            "key": _dense(6, 2, 2),
+            "value": _dense(6, 2, 2),
+            "out": _dense(4, 4),
+        },
+        repeatable=True,
+    ),
+    Entry(
+        name="Attention: dropout",
+        make=lambda dtypes: xn.Attention(
+            n_heads=2, d_v=6, d_output=5, dropout_rate=0.5, deterministic=False, **dtypes
+        ),
+        inputs=lambda: (sequence(2, 3, 4), sequence(2, 4, 6, seed=1), MASK),
+        output_shapes=(2, 3, 5),
+        param_shapes={
+            "query": _dense(4, 2, 2),
+            "key": _dense(6, 2, 2),
+            "value": _dense(6, 2, 3),
+            "out": _dense(6, 5),
+        },
+        rngs=("dropout",),
+    ),
+    Entry(
+        name="QKVAttention",
+        make=lambda dtypes: xn.QKVAttention(n_heads=2, use_bias=False, **dtypes),
+        inputs=lambda: (sequence(2, 3, 4), sequence(2, 4, 6, seed=1), None),
+        output_shapes=(2, 3, 4),
+        param_shapes={
+            "query": {"kernel": (4, 2, 2)},
+            "key": {"kernel": (6, 2, 2)},
+            "value": {"kernel": (6, 2, 2)},
+            "out": {"kernel": (4, 4)},
+        },
+        repeatable=True,
+    ),
+    Entry(
+        name="KVQAttention",
+        make=lambda dtypes: xn.KVQAttention(n_heads=2, **dtypes),
+        inputs=lambda: (sequence(2, 3, 4), sequence(2, 4, 6, seed=1), MASK),
+        output_shapes=(2, 3, 4),
+        param_shapes={
+            "query": _dense(4, 2, 3),
+            "key": _dense(6, 2, 3),
+            "value": _dense(6, 2, 3),
+            "out": _dense(6, 4),
+        },
+        repeatable=True,
+    ),
+    Entry(
+        name="SelfAttention",
+        make=lambda dtypes: xn.SelfAttention(n_heads=2, **dtypes),
+        inputs=lambda: (sequence(2, 4, 6), np.tril(np.ones((1, 4, 4), np.int32))),
+        output_shapes=(2, 4, 6),
+        param_shapes={
+            "query": _dense(6, 2, 3),
+            "key": _dense(6, 2, 3),
+            "value": _dense(6, 2, 3),
+            "out": _dense(6, 6),
+        },
+        repeatable=True,
+    ),
+    Entry(
+        name="FeedForward",
+        make=lambda dtypes: xn.FeedForward(widening_factor=3, **dtypes),
+        inputs=lambda: (sequence(2, 5, 4),),
+        output_shapes=(2, 5, 4),
+        param_shapes={"Dense_0": _dense(4, 12), "Dense_1": _dense(12, 4)},
+        repeatable=True,
+    ),
+    Entry(
+        name="LSTMCell",
+        make=lambda dtypes: xn.LSTMCell(**dtypes),
+        inputs=lambda: ((sequence(2, 4), sequence(2, 4, seed=1)), sequence(2, 3, seed=2)),
+        output_shapes=(((2, 4), (2, 4)), (2, 4)),
+        param_shapes=_cell(3, 4),
+    ),
+    Entry(
+        name="LSTM",
+        make=lambda dtypes: xn.LSTM(4, **dtypes),
+        inputs=lambda: (sequence(2, 5, 3),),
+        output_shapes=(2, 4),
+        param_shapes={"Scan_0": {"LSTMCell_0": _cell(3, 4)}},
+    ),
+    Entry(
+        name="LSTM: return_sequences, reverse",
+        make=lambda dtypes: xn.LSTM(3, return_sequences=True, reverse=True, **dtypes),
+        inputs=lambda: (sequence(2, 5, 3),),
+        output_shapes=(2, 5, 3),
+        param_shapes={"Scan_0": {"LSTMCell_0": _cell(3, 3)}},
+        repeatable=True,
+    ),
+]
