@@ -11,5 +11,5 @@ def test_digits_autoencoder(tmp_path, capsys):
     picture = tmp_path / "digits.png"
     assert main(["--steps", "30", "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
-    assert "360 held-out images, label hidden" in printed
+    assert "360 held-out images, label masked" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")

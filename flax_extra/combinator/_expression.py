@@ -75,6 +75,8 @@ def _render(value: Any, room: int) -> str:
         return _call("partial", [*positional, *_keywords(value.keywords)], room)
     if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
         return f"{_render(value.__self__, ENDLESS)}.{value.__name__}"
+    if type(value) in (tuple, list) and any(map(callable, value)):
+        return _bracket("[", [("", part) for part in value], "]", room)
     return name_of(value) if _has_name(value) else shorten(repr(value))
 
 
@@ -87,12 +89,16 @@ def _has_name(value: Any) -> bool:
 
 
 def _call(name: str, arguments: Sequence[Argument], room: int) -> str:
-    flat = f"{name}({', '.join(prefix + _render(value, ENDLESS) for prefix, value in arguments)})"
-    if len(flat) <= room:
-        return flat
+    return _bracket(f"{name}(", arguments, ")", room)
+
+
+def _bracket(start: str, arguments: Sequence[Argument], end: str, room: int) -> str:
+    flat = ", ".join(prefix + _render(value, ENDLESS) for prefix, value in arguments)
+    if len(start + flat + end) <= room:
+        return start + flat + end
     lines = [prefix + _render(v, room - INDENT - len(prefix) - 1) for prefix, v in arguments]
     body = "".join(f"{line},\n" for line in lines)
-    return f"{name}(\n{_indent(body)})"
+    return f"{start}\n{_indent(body)}{end}"
 
 
 def _indent(text: str) -> str:

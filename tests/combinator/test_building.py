@@ -1,5 +1,6 @@
 """Building pipelines: sequence access, operators, text, bad input and cost."""
 
+import functools
 import string
 import sys
 
@@ -15,6 +16,13 @@ from flax_extra import combinator as cb
 
 def f(x):
     return ("f", x)
+
+
+class Holder(nn.Module):
+    parts: list
+
+    def __call__(self, x):
+        return x
 
 
 def g(x):
@@ -151,6 +159,8 @@ class TestText:
         assert str(cb.residual(f, shortcut=g)) == "residual(f, shortcut=g)"
         assert str(cb.scan(cb.add() >> cb.dup(), axis=0)) == "scan(serial(add(), dup()), axis=0)"
         assert str(cb.concatenate(axis=1)) == "concatenate(axis=1)"
+        held = Holder([functools.partial(nn.Dense, 3), nn.relu])
+        assert str(cb.serial(held)) == "serial(Holder(parts=[partial(Dense, 3), relu]))"
         embed = nn.Embed(3, 4)
         assert str(cb.serial(embed.attend)) == (
             "serial(Embed(num_embeddings=3, features=4).attend)"
