@@ -28,7 +28,7 @@ def test_embed_decoding_is_the_formula_and_linens() -> None:
     np.testing.assert_allclose(decoded, formula, rtol=1e-5, atol=1e-6)
     embed = nn.Embed(7, 4)
     attended = embed.apply({"params": {"embedding": EMBEDDING}}, OUTPUTS, method=embed.attend)
-    np.testing.assert_array_equal(decoded, attended + BIAS)
+    np.testing.assert_array_equal(decoded, np.asarray(attended) + np.asarray(BIAS))
 
 
 def test_embed_decoding_starts_without_bias() -> None:

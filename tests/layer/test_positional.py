@@ -224,7 +224,7 @@ def test_masking_meets_its_rate_and_masks_whole_positions(rate: float) -> None:
     masking = xn.TrainablePositionalMasking(rate)
     variables = masking.init(KEY, inputs)
     masked = masking.apply(variables, inputs, rngs={"masking": KEY})
-    is_mask = np.asarray(masked == variables["params"]["mask"])
+    is_mask = np.asarray(masked) == np.asarray(variables["params"]["mask"])
     is_input = np.asarray(masked == inputs)
     np.testing.assert_array_equal(is_mask, ~is_input)
     assert (is_mask.all(-1) == is_mask.any(-1)).all()
