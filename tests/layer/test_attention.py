@@ -310,13 +310,13 @@ def test_a_query_without_keys_gives_the_bias_and_no_gradient() -> None:
     x, mask = normal(1, 3, 4), np.array([[[1, 1, 1], [0, 0, 0], [1, 0, 1]]])
     layer = xn.SelfAttention(n_heads=2, bias_init=nn.initializers.normal(1.0))
     variables = layer.init(jax.random.key(0), x, mask)
-    y = layer.apply(variables, x, mask)
+    y = jax.jit(layer.apply)(variables, x, mask)
     np.testing.assert_array_equal(y[0, 1], variables["params"]["out"]["bias"])
 
     def second(variables: Any) -> Any:
         return jnp.sum(layer.apply(variables, x, mask)[0, 1])
 
-    gradients = jax.grad(second)(variables)["params"]
+    gradients = jax.jit(jax.grad(second))(variables)["params"]
     bias = gradients["out"].pop("bias")
     assert np.all(bias == 1)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
@@ -378,7 +378,7 @@ def test_a_tower_of_masked_blocks() -> None:
     x, mask = normal(2, 4, 6), np.tri(4)[None] > 0
     block = cb.residual(nn.LayerNorm(), xn.SelfAttention(n_heads=2, dropout_rate=0.2))
     tower = cb.repeat(block, 3)
-    variables = tower.init(jax.random.key(0), x, mask)
+    variables = jax.jit(tower.init)(jax.random.key(0), x, mask)
     expected = x
     for index in range(3):
         copy = jax.tree.map(lambda leaf: leaf[index], variables)  # noqa: B023

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -40,10 +41,13 @@ VARIABLES = {"params": {"Scan_0": {"LSTMCell_0": CELL}}}
 
 
 def run(x: Any = X, variables: Any = VARIABLES, **options: Any) -> Any:
-    fields = {
-        name: options.pop(name) for name in ("return_sequences", "reverse") if name in options
-    }
-    return xn.LSTM(HIDDEN, **fields).apply(variables, x, **options)
+    fields = {k: options.pop(k) for k in ("return_sequences", "reverse") if k in options}
+    return compiled(xn.LSTM(HIDDEN, **fields))(variables, x, **options)
+
+
+@functools.cache
+def compiled(layer: xn.LSTM) -> Any:
+    return jax.jit(layer.apply)
 
 
 def formula(x: np.ndarray, c: Any = 0.0, h: Any = None) -> np.ndarray:
