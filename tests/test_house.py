@@ -19,6 +19,7 @@ ORDER = [
     "_errors",
     "_signature",
     "_stack",
+    "_hints",
     "_inference",
     "_children",
     "_expression",

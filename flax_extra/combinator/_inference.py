@@ -6,21 +6,27 @@ Python signature and its type hints. What it cannot know it refuses, and names t
 
 from __future__ import annotations
 
-import builtins
-import collections.abc
 import dataclasses
 import functools
 import inspect
-import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import typing_extensions
 from flax import linen as nn
 
 from flax_extra.combinator import _errors
+from flax_extra.combinator._hints import (
+    EMPTY,
+    Names,
+    Special,
+    attribute,
+    nesting_of,
+    python_signature,
+    text_of,
+)
 from flax_extra.combinator._signature import MOST_ITEMS, Nesting, Signature, count
 
 if TYPE_CHECKING:
@@ -114,7 +120,7 @@ def name_of(f: object) -> str:
         return name_of(f.func)
     if is_combinator(f):
         return f.label
-    name = None if isinstance(f, nn.Module) else _attribute(f, "__name__")
+    name = None if isinstance(f, nn.Module) else attribute(f, "__name__")
     return name if isinstance(name, str) else type(f).__name__
 
 
@@ -129,24 +135,15 @@ def shorten(text: str, limit: int = 80) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
-def _attribute(f: object, name: str) -> Any:
-    try:
-        if isinstance(f, nn.Module):  # asked for an attribute it has not, a bound module runs setup
-            return object.__getattribute__(f, name)
-        return getattr(f, name, None)
-    except Exception:  # whatever an arbitrary object's __getattr__ raises, it has no such attribute
-        return None
-
-
 def _declared(f: object) -> Signature | None:
     if is_combinator(f):
         return f.signature
-    declared = _attribute(f, "signature")
+    declared = attribute(f, "signature")
     return declared if isinstance(declared, Signature) else None
 
 
 def _ufunc(f: object) -> Signature | None:
-    n_in, n_out = _attribute(f, "nin"), _attribute(f, "nout")
+    n_in, n_out = attribute(f, "nin"), attribute(f, "nout")
     if type(n_in) is int and type(n_out) is int and n_in >= 0 and n_out >= 0:
         return Signature(n_in, n_out)
     return None
@@ -264,7 +261,7 @@ def _allot(
     scope: Names,
 ) -> tuple[list[inspect.Parameter], Nesting]:
     """Gives each parameter its items until ``n_in`` are given; an open-ended one takes the rest."""
-    shapes = [_nesting(p.annotation, scope) for p in positional]
+    shapes = [nesting_of(p.annotation, scope) for p in positional]
     required = sum(p.default is p.empty for p in positional)
     least = sum(count(s) for s in shapes[:required] if isinstance(s, tuple))
     open_ended = [i for i, s in enumerate(shapes[:required]) if not isinstance(s, tuple)]
@@ -290,198 +287,37 @@ def _allot(
     return inputs, (*in_shape, *((),) * left)
 
 
-def _size(shape: Nesting | _Special) -> int:
+def _size(shape: Nesting | Special) -> int:
     return count(shape) if isinstance(shape, tuple) else 1
 
 
-# Type hints
-
-
-class _Special:
-    """A tuple annotation that is not a fixed nesting of items."""
-
-
-_OPEN_ENDED = _Special()
-_EMPTY = _Special()
-
-
 def _input_nesting(f: Callable[..., Any], parameter: inspect.Parameter, scope: Names) -> Nesting:
-    nesting = _nesting(parameter.annotation, scope)
-    if nesting is _EMPTY:
+    nesting = nesting_of(parameter.annotation, scope)
+    if nesting is EMPTY:
         raise _errors.empty_tuple(name_of(f), parameter.name)
     if not isinstance(nesting, tuple):
-        raise _errors.variable_tuple(name_of(f), parameter.name, _text(parameter.annotation))
+        raise _errors.variable_tuple(name_of(f), parameter.name, text_of(parameter.annotation))
     return nesting
 
 
 def _n_out(f: Callable[..., Any], scope: Names) -> int:
     if isinstance(f, type):
         return 1  # calling a class gives one instance, whatever __init__ is annotated with
-    signature = _python_signature(f)
+    signature = python_signature(f)
     annotation = inspect.Signature.empty if signature is None else signature.return_annotation
     resolved = scope.resolve(annotation)
     if resolved is None or resolved is types.NoneType:
         return 0
     if resolved in (typing.NoReturn, typing_extensions.Never, getattr(typing, "Never", None)):
         raise _errors.never_returns(name_of(f))
-    nesting = _nesting(resolved, scope)
-    if nesting is _EMPTY:
+    nesting = nesting_of(resolved, scope)
+    if nesting is EMPTY:
         return 0
     if not isinstance(nesting, tuple):
-        raise _errors.variable_output(name_of(f), _text(annotation))
+        raise _errors.variable_output(name_of(f), text_of(annotation))
     return count(nesting)
 
 
-def _nesting(annotation: Any, scope: Names, depth: int = 0) -> Nesting | _Special:
-    annotation = scope.resolve(annotation)
-    if annotation is tuple or annotation is tuple_alias:
-        return _OPEN_ENDED
-    if typing.get_origin(annotation) is not tuple:
-        return ()
-    arguments = typing.get_args(annotation)
-    if not arguments:
-        return _EMPTY
-    if Ellipsis in arguments or any(map(_is_unpacked, arguments)) or depth > _DEEPEST:
-        return _OPEN_ENDED
-    parts = tuple(_nesting(argument, scope, depth + 1) for argument in arguments)
-    nested: list[Nesting] = []
-    for part in parts:
-        if not isinstance(part, tuple):
-            return _OPEN_ENDED
-        nested.append(part)
-    return tuple(nested)
-
-
-tuple_alias: Any = typing.Tuple  # noqa: UP006  # the bare alias is an annotation people write
-_DEEPEST = 32  # a recursive alias has no last level
-
-
-def _is_unpacked(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (
-        typing_extensions.Unpack,
-        getattr(typing, "Unpack", None),
-    ) or isinstance(annotation, typing_extensions.TypeVarTuple)
-
-
-def _text(annotation: Any) -> str:
-    if isinstance(annotation, str):
-        return annotation
-    plain = isinstance(annotation, type) and typing.get_origin(annotation) is None
-    return annotation.__name__ if plain else str(annotation)
-
-
-class _Unresolved:
-    """Stands for a name that an annotation uses and nothing defines: one item, whatever it is."""
-
-    def __getattr__(self, name: str) -> _Unresolved:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __getitem__(self, key: object) -> _Unresolved:
-        return self
-
-    def __or__(self, other: object) -> _Unresolved:
-        return self
-
-    __ror__ = __or__
-
-    def __call__(self, *args: object, **kwargs: object) -> _Unresolved:
-        return self
-
-
-class Names(collections.abc.Mapping[str, Any]):
-    """The names that a callable's annotations may use, for those that are strings.
-
-    A name that nothing defines (a type imported for the checker alone, or local to a function that
-    has returned) is one item: it is not guessed to be a tuple.
-    """
-
-    def __init__(self, f: Callable[..., Any]) -> None:
-        function = underlying_function(f)
-        self._layers: list[Mapping[str, Any]] = []
-        if isinstance(function, types.FunctionType):
-            self._layers.append(inspect.getclosurevars(function).nonlocals)
-            self._layers.append(function.__globals__)
-        else:
-            module = sys.modules.get(_attribute(function, "__module__") or "")
-            self._layers.append(vars(module) if module else {})
-        self._layers.append(vars(builtins))
-
-    def __getitem__(self, name: str) -> Any:
-        for layer in self._layers:
-            if name in layer:
-                return layer[name]
-        return _Unresolved()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({name for layer in self._layers for name in layer})
-
-    def __len__(self) -> int:
-        return sum(map(len, self._layers))
-
-    def resolve(self, annotation: Any) -> Any:
-        """The type that an annotation means: strings evaluated, aliases opened."""
-        for _ in range(_DEEPEST):
-            if isinstance(annotation, typing.ForwardRef):
-                annotation = annotation.__forward_arg__
-            if isinstance(annotation, str):
-                annotation = self._evaluate(annotation)
-            elif typing.get_origin(annotation) is typing.Annotated:
-                annotation = typing.get_args(annotation)[0]
-            elif isinstance(annotation, _ALIASES):
-                annotation = annotation.__value__  # type: ignore[attr-defined]
-            elif isinstance(typing.get_origin(annotation), _ALIASES):
-                alias: Any = typing.get_origin(annotation)
-                annotation = alias.__value__[typing.get_args(annotation)]
-            elif isinstance(annotation, typing.NewType):
-                annotation = annotation.__supertype__
-            else:
-                break
-        return annotation
-
-    def _evaluate(self, annotation: str) -> Any:
-        try:
-            return eval(annotation, {"__builtins__": {}}, self)  # noqa: S307  # what Python itself does with a hint
-        except Exception:  # whatever a hint raises, it is then one that cannot be resolved
-            return _Unresolved()
-
-
-_ALIASES: tuple[type, ...] = tuple(
-    {
-        typing_extensions.TypeAliasType,
-        getattr(typing, "TypeAliasType", typing_extensions.TypeAliasType),
-    }
-)
-
-
-def underlying_function(f: Any) -> Any:
-    """The function whose parameters and annotations a callable has."""
-    while isinstance(f, functools.partial):
-        f = f.func
-    if not isinstance(f, type | types.FunctionType | types.MethodType | types.BuiltinFunctionType):
-        wrapped = None if isinstance(f, nn.Module) else _attribute(f, "__wrapped__")
-        f = wrapped if callable(wrapped) else type(f).__call__
-    f = inspect.unwrap(f)
-    return f.__func__ if isinstance(f, types.MethodType) else f
-
-
 def _parameters(f: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    signature = _python_signature(f)
+    signature = python_signature(f)
     return None if signature is None else signature.parameters
-
-
-def _python_signature(f: Callable[..., Any]) -> inspect.Signature | None:
-    if isinstance(f, nn.Module):
-        signature = _python_signature(type(f).__call__)
-        if signature is None:
-            return None
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
-    try:
-        if sys.version_info >= (3, 14):
-            import annotationlib
-
-            return inspect.signature(f, annotation_format=annotationlib.Format.FORWARDREF)
-        return inspect.signature(f)
-    except Exception:  # builtins have none, and an arbitrary object may raise anything
-        return None
