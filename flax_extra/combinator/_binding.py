@@ -14,7 +14,6 @@ All that touches linen's private state is here. It was written against flax's ``
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +99,7 @@ def bind_in_host(owner: Combinator, host: nn.Module) -> Binding:
     originals: list[nn.Module] = []
     modules: list[nn.Module] = []
     for _, module in layout(owner.children):
-        bound = module if module.scope is not None else _create_in(host, module)
+        bound = _adopt_in_compact(host, module)
         _check_stack(host, bound)
         originals.append(module)
         modules.append(bound)
@@ -152,10 +151,12 @@ def _forget_place(module: nn.Module) -> None:
     if has_numbered_name(module):
         object.__setattr__(module, "name", None)
     object.__setattr__(module, "scope", None)
-    if is_combinator(module):
-        for inner in module.bound or ():
+    if is_combinator(module) and module.bound is not None:
+        for original, inner in zip(module.bound.originals, module.bound.modules, strict=True):
             if inner.parent is module:
                 _forget_place(inner)
+                if inner is not original:  # its name is that of the original, which keeps it
+                    object.__setattr__(inner, "name", None)
         object.__setattr__(module, "bound", None)
 
 
@@ -176,46 +177,39 @@ def _innermost_stack(module: Any) -> Combinator | None:
 
 
 def _adopt(owner: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    # What linen's Module._register_submodules does for a module in a field, with our name for it.
+    """The module, bound in the owner's scope under a name, unless it has a scope already."""
     if module.scope is not None:
         return module
-    if module.parent is None:
-        cache = _adopted(owner)
-        known = cache.get(module._id)
-        if known is None:  # the record is weak, so hold on to what goes in
-            known = cache[module._id] = module.clone(name=None)
-        if known.scope is not None:
-            return known
-        module = known
-    object.__setattr__(module, "parent", owner)
-    object.__setattr__(module, "name", name)
-    module.__post_init__()
-    return module
+    if module.parent is not None:  # it waits for a name, which may be its own
+        object.__setattr__(module, "name", None)
+    # Linen's own way of adopting what is in a field, which knows what is adopted elsewhere. It
+    # leaves the module in an attribute of that name, where something else may be.
+    attributes = vars(owner)
+    before = {name: attributes[name]} if name in attributes else {}
+    nn.Module._register_submodules(owner, name, module)  # type: ignore[no-untyped-call]
+    bound: nn.Module = attributes.pop(name)
+    attributes.update(before)
+    return bound
 
 
-def _create_in(host: nn.Module, module: nn.Module) -> nn.Module:
-    cache = _adopted(host)
-    known = cache.get(module._id)
-    if known is not None and not _is_from_earlier_call(known, host):
-        return known
-    created = module.clone(parent=host)
-    cache[module._id] = created
-    return created
-
-
-def _is_from_earlier_call(module: nn.Module, host: nn.Module) -> bool:
-    # Each call of a compact method names its layers anew: a free name is to be taken again.
-    return module.parent is host and not host._name_taken(str(module.name))
-
-
-def _adopted(module: nn.Module) -> weakref.WeakValueDictionary[Any, nn.Module]:
-    """Linen's own record of which outside instance was adopted as which module, for each root."""
-    scope = module.scope
-    caches: Any = linen_module._caches
-    cache: weakref.WeakValueDictionary[Any, nn.Module] = caches.setdefault(
-        scope.root if scope is not None else None, weakref.WeakValueDictionary()
-    )
-    return cache
+def _adopt_in_compact(host: nn.Module, module: nn.Module) -> nn.Module:
+    """The module as a layer of a compact method, named in the order of its calls."""
+    if module.scope is not None:
+        return module
+    kind, cursor = type(module).__name__, host._state.autoname_cursor
+    name = module.name or f"{kind}_{cursor.get(kind, 0)}"
+    was_taken = host._name_taken(name)
+    bound = _adopt(host, name, module)
+    if bound.parent is not host:
+        return bound
+    if not host._name_taken(str(bound.name)):
+        # Bound in an earlier call of the method: each call names its layers anew.
+        bound.__post_init__()
+    elif was_taken or bound.name != name:
+        return bound
+    if has_numbered_name(bound):
+        cursor[kind] = cursor.get(kind, 0) + 1
+    return bound
 
 
 def _is_fresh(module: nn.Module) -> bool:
