@@ -176,9 +176,13 @@ class Combinator(nn.Module):
     @property
     def opens_scope(self) -> bool:
         """Whether it has a level of its own in the parameter tree."""
-        if self.is_lifted or self.name is not None:
-            return True
-        return self.scope is not None and self._host is None
+        return self._is_layer or (self.scope is not None and self._host is None)
+
+    @property
+    def _is_layer(self) -> bool:
+        """Whether it is called as layers are, not read: lifted, named, or with its own call."""
+        called = type(self).__call__ is not Combinator.__call__
+        return self.is_lifted or self.name is not None or called
 
     # A linen module
 
@@ -195,7 +199,7 @@ class Combinator(nn.Module):
         if is_unspecified(parent):
             parent = current_module()
         if isinstance(parent, nn.Module):
-            if self.is_lifted or self.name is not None or in_setup(parent):
+            if self._is_layer or in_setup(parent):
                 release(self, parent)
             else:
                 # It stands in the parent's scope, as if its layers had been called one by one.
@@ -341,9 +345,9 @@ class Combinator(nn.Module):
     @nn.nowrap
     def _view(self, combinator: Combinator, children: Children) -> Combinator:
         if self.bound is not None and self._host is None:
-            return combinator.clone(
-                children=children, name=None, parent=self.scope, bound=self.bound
-            )
+            # With the bound layers in it, which keep their names when it is unbound.
+            bound = children.with_modules(self.bound.find)
+            return combinator.clone(children=bound, name=None, parent=self.scope)
         if children is combinator.children:
             return combinator
         return combinator.clone(children=children, name=None)

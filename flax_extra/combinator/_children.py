@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
 from flax import linen as nn
 
 from flax_extra.combinator import _errors
@@ -167,7 +168,8 @@ class Children:
 
     def _sharing(self) -> tuple[int, ...]:
         first: dict[int, int] = {}
-        return tuple(first.setdefault(id(module), len(first)) for module in self.modules())
+        every = (module for module, _ in _scoped_modules(self, None))
+        return tuple(first.setdefault(id(module), len(first)) for module in every)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Children):
@@ -234,10 +236,22 @@ def _scoped_modules(
     """Every module, inside scopes too, with the innermost combinator that stacks its parameters."""
     opened: set[int] = set()
     for module in children.modules():
-        yield module, stack
-        if is_combinator(module) and id(module) not in opened:
-            opened.add(id(module))
-            yield from _scoped_modules(module.children, module if module.stacks else stack)
+        for part in _with_fields(module):
+            yield part, stack
+            if is_combinator(part) and id(part) not in opened:
+                opened.add(id(part))
+                yield from _scoped_modules(part.children, part if part.stacks else stack)
+
+
+def _with_fields(module: nn.Module) -> Iterator[nn.Module]:
+    """A module, and those in its fields, which linen lifts together with it."""
+    yield module
+    if is_combinator(module):
+        return
+    values = [getattr(module, f.name) for f in dataclasses.fields(module) if f.name != "parent"]
+    for leaf in jax.tree_util.tree_leaves(values):
+        if isinstance(leaf, nn.Module):
+            yield from _with_fields(leaf)
 
 
 def _check_sharing(children: Children) -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core.scope import CollectionFilter, DenyList, subtract_filters, union_filters
+from flax.traverse_util import flatten_dict
 
 from flax_extra.combinator import _errors
 from flax_extra.combinator._base import Combinator, only_child
@@ -335,9 +336,10 @@ def _scanned(
     """The body in a loop: linen's lifted scan, or ``lax.scan`` where there are no variables."""
     if owner.scope is None:
         return _plain_scan(body, owner, carry, xs, length, axis, reverse, unroll)
-    if not stacked and owner.is_initializing():
+    if not stacked and _makes_variables(owner):
         # One turn outside of the loop makes the variables, which then are the same at every step.
         body(owner, carry, _first(xs, axis))
+        _forget_sown(owner)
     variables: Any = {"variable_axes": {True: 0}, "split_rngs": {True: True}}
     if not stacked:
         variables = _one_set(owner)
@@ -356,6 +358,19 @@ def _scanned(
     return result
 
 
+def _makes_variables(owner: Combinator) -> bool:
+    missing = owner.is_mutable_collection("params") and not owner.variables.get("params")
+    return owner.is_initializing() or missing
+
+
+def _forget_sown(owner: Combinator) -> None:
+    """Takes back what the turn outside of the loop has sown, for the loop sows it again."""
+    for collection, variables in owner.variables.items():
+        values = flatten_dict(dict(variables)).values()  # type: ignore[no-untyped-call]
+        if values and owner.scope is not None and all(type(value) is tuple for value in values):
+            owner.scope._mutable_collection(collection).clear()
+
+
 def _one_set(owner: Combinator) -> dict[str, Any]:
     """How the collections go through a loop whose steps share their variables.
 
@@ -364,8 +379,10 @@ def _one_set(owner: Combinator) -> dict[str, Any]:
     """
     changing: Sequence[str] = [
         collection
-        for collection in owner.variables
-        if owner.is_mutable_collection(collection) and collection not in ("params", "intermediates")
+        for collection, variables in owner.variables.items()
+        if variables
+        and owner.is_mutable_collection(collection)
+        and collection not in ("params", "intermediates")
     ]
     new: CollectionFilter = subtract_filters(_mutable(owner), ["params", *changing])
     return {
@@ -390,7 +407,12 @@ def _hashable(collections: CollectionFilter) -> CollectionFilter:
 
 
 def _first(xs: Any, axis: int) -> Any:
-    return jax.tree.map(lambda x: jax.lax.index_in_dim(x, 0, axis, keepdims=False), xs)
+    def first(x: Any) -> Any:
+        if x.shape[axis] == 0:  # no step will run, and the variables are made all the same
+            return jnp.zeros_like(x).sum(axis, dtype=x.dtype)
+        return jax.lax.index_in_dim(x, 0, axis, keepdims=False)
+
+    return jax.tree.map(first, xs)
 
 
 def _plain_scan(

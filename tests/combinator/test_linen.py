@@ -73,6 +73,30 @@ def test_unbind():
     close(encoder.init(KEY, X), encoder.init(KEY, X))
 
 
+def test_a_bound_slice_unbinds_with_its_own_parameters():
+    p = cb.serial(nn.Dense(4), nn.Dense(4), cb.serial(nn.Dense(4), nn.relu))
+    bound = p.bind(p.init(KEY, X))
+    for part in (bound[1:], bound[2:], bound[2]):
+        alone, variables = part.unbind()
+        close(alone.apply(variables, X), part(X))
+
+
+def test_a_transformed_class_keeps_its_transform_as_a_child():
+    each = nn.vmap(cb.Serial, variable_axes={"params": 0}, split_rngs={"params": True})
+    x = jnp.ones((5, 2, 4))
+    variables = cb.serial(each([nn.Dense(3)]), jnp.abs).init(KEY, x)
+    assert shapes(variables["params"])["VmapSerial_0"]["Dense_0"]["kernel"] == (5, 4, 3)
+    rematted = cb.serial(nn.remat(cb.Serial)([nn.Dense(4), jnp.sin]))
+    jaxpr = jax.make_jaxpr(rematted.apply)(rematted.init(KEY, X), X)
+    assert "remat" in str(jaxpr)
+
+    class Scaled(cb.Serial):
+        def __call__(self, *inputs, **context):
+            return 10 * super().__call__(*inputs, **context)
+
+    assert cb.serial(Scaled([abs]))(-1) == 10
+
+
 def test_tabulate():
     table = nn.tabulate(
         model(), KEY, console_kwargs={"width": 120, "force_terminal": False, "no_color": True}
@@ -103,6 +127,9 @@ def test_equality_and_hash():
     assert cb.serial(d, d) != cb.serial(nn.Dense(4), nn.Dense(4))
     assert cb.serial(d, cb.serial(d)) != cb.serial(nn.Dense(4), cb.serial(nn.Dense(4)))
     assert cb.serial(d, d) == cb.serial(nn.Dense(4), d).clone(children=cb.serial(d, d).children)
+    assert cb.serial(cb.serial(d, name="a"), d) != cb.serial(
+        cb.serial(nn.Dense(4), name="a"), nn.Dense(4)
+    )
     assert cb.fn(nn.gelu, approximate=True) != cb.fn(nn.gelu, approximate=False)
     embed = nn.Embed(3, 4)
     other = nn.Embed(3, 4)
@@ -481,6 +508,42 @@ def test_scan_matches_linen_rnn():
     close(ys, rnn.apply(theirs, xs))
     close(h, ys[:, -1])
     assert c.shape == (2, 6)
+
+
+@pytest.mark.parametrize("kind", ["repeat", "scan"])
+def test_variables_of_one_set_are_made_outside_of_init_too(kind):
+    if kind == "repeat":
+        p, inputs = cb.repeat(nn.Dense(4), 3, shared=True), (X,)
+    else:
+        p, inputs = cb.scan(cb.serial(cb.add(), nn.Dense(4), cb.dup()), axis=0), (X[0], X)
+    _, made = p.apply({}, *inputs, rngs={"params": KEY}, mutable=["params"])
+    close(made, p.init(KEY, *inputs))
+
+
+def test_what_is_sown_at_init_is_stacked():
+    class Sower(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("losses", "loss", x.sum())
+            return x
+
+    p = cb.repeat(cb.serial(nn.Dense(4), Sower()), 3, shared=True)
+    variables = p.init(KEY, X)
+    assert shapes(variables["losses"]) == {"Sower_0": {"loss": ((3,),)}}
+    cell = cb.serial(cb.add(), Sower(), cb.dup())
+    assert shapes(cb.scan(cell, axis=0).init(KEY, X[0], X)) == {
+        "losses": {"Sower_0": {"loss": ((2,),)}}
+    }
+
+
+def test_a_scan_over_no_steps():
+    p = cb.scan(cb.serial(cb.add(), nn.Dense(4), cb.dup()))
+    carry, none = jnp.ones((2, 4)), jnp.ones((2, 0, 4))
+    variables = p.init(KEY, carry, none)
+    assert shapes(variables["params"]["Dense_0"]["kernel"]) == (4, 4)
+    last, ys = p.apply(variables, carry, none)
+    close(last, carry)
+    assert ys.shape == (2, 0, 4)
 
 
 def test_scan_takes_several_sequences():

@@ -83,6 +83,14 @@ class AsField(nn.Module):
         return self.body(x)
 
 
+class Holder(nn.Module):
+    part: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.part(x)
+
+
 class InList(nn.Module):
     def setup(self):
         self.stages = [expression(), expression()]
@@ -361,6 +369,8 @@ class TestAcrossAStack:
             lambda: cb.branch(cb.repeat(d, 2), cb.repeat(d, 2)),
             lambda: cb.repeat(cb.serial(d, cb.repeat(d, 2)), 2),
             lambda: cb.residual(cb.repeat(d, 2), shortcut=d),
+            lambda: cb.serial(d, cb.repeat(Holder(d), 4)),
+            lambda: cb.serial(cb.repeat(Holder(d), 4), d),
         ):
             with pytest.raises(cb.SharingError, match=self.message):
                 build()
