@@ -196,7 +196,7 @@ def _parse_leaf(text: str, scope: export.SymbolicScope) -> Any:
 
 def _dimensions_of(text: str, dims: str, scope: export.SymbolicScope) -> tuple[Any, ...]:
     try:
-        shape: tuple[Any, ...] = export.symbolic_shape(dims, scope=scope)
+        shape = tuple(export.symbolic_shape(dims, scope=scope))
     except Exception as error:
         raise _errors.bad_dimensions(text, str(error).partition("\n")[0]) from error
     for dim in shape:

@@ -122,6 +122,8 @@ def describe_item(item: Any) -> str:
     kind = type(item).__name__
     if isinstance(item, dict):
         return f"{kind}({', '.join(f'{k!r}: {describe_item(v)}' for k, v in item.items())})"
+    if isinstance(item, list):
+        return f"{kind}({', '.join(map(describe_item, item))})"
     leaves = jax.tree_util.tree_leaves(item)
     if len(leaves) == 1 and leaves[0] is item:
         return f"{kind} object"
