@@ -230,7 +230,7 @@ def _table(summary: Summary) -> Table:
     count, size = (f"{totals[0]:,}", _bytes(totals[1])) if known else ("", "")
     table.add_column("step", "total" if known else "", no_wrap=True, max_width=60)
     table.add_column("signature", no_wrap=True, min_width=9)
-    table.add_column("stack after", overflow="fold", min_width=20)
+    table.add_column("stack after", overflow="fold")
     table.add_column("parameters", count, justify="right", no_wrap=True, min_width=len(count))
     table.add_column("size", size, justify="right", no_wrap=True, min_width=len(size))
     table.add_row(Text("inputs", style="dim"), "", Text(_stack(summary.root.before), style="dim"))

@@ -190,7 +190,7 @@ def test_a_declaration_changes_nothing_else() -> None:
     assert model[1:] == plain[1:]
     assert list(model) == list(plain)
     assert model.signature == plain.signature
-    plain = cb.typed(cb.serial(nn.relu, jax.nn.gelu), "f32[b] -> f32[b]")
+    plain = cb.typed(cb.serial(abs, abs), "f32[b] -> f32[b]")
     assert pickle.loads(pickle.dumps(plain)) == plain
     assert len(cb.typed(nn.Dense(3), "f32[8] -> f32[3]")) == 1
 
@@ -315,14 +315,14 @@ def test_a_missing_input_is_told_as_ever() -> None:
     ],
 )
 def test_what_is_no_spec(spec: Any, message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"spec|bits|declares") as caught:
         cb.shape_signature(nn.relu, spec)
     assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("text", ["f32[b]", "f32[b] -> f32[b] -> f32[b]", ""])
 def test_what_is_no_declaration(text: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"spec|bits|declares") as caught:
         cb.typed(nn.relu, text)
     assert str(caught.value) == (
         f"{text!r} declares no shapes. Write inputs, one arrow and outputs, such as "
