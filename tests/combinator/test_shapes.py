@@ -244,6 +244,18 @@ def test_a_step_that_fails_on_the_declared_inputs_says_so_itself() -> None:
     assert "serial[2] -> residual -> add" in caught.value.__notes__[0]
 
 
+def test_the_fault_is_followed_through_the_steps_that_hand_it_on() -> None:
+    model = cb.serial(nn.Embed(9, 16), xn.LSTM(16), nn.LayerNorm(), nn.Dense(4))
+    with pytest.raises(cb.ShapeError, match=r"They part at serial\[1\] -> LSTM"):
+        cb.typed(model, "i32[b, t] -> f32[b, t, 4]")
+
+
+def test_a_fault_in_a_list() -> None:
+    model = cb.serial(cb.branch(nn.Dense(2), nn.Dense(5)), lambda a, b: [a, b], lambda x: x)
+    with pytest.raises(cb.ShapeError, match=r"They part at serial\[0\] -> branch\[1\] -> Dense"):
+        cb.typed(model, "f32[b, 8] -> list(f32[b, 2], f32[b, 4])")
+
+
 def test_another_number_of_outputs() -> None:
     with pytest.raises(cb.ShapeError) as caught:
         cb.typed(cb.dup(), "f32[b] -> f32[b]")
