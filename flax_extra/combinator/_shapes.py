@@ -267,7 +267,7 @@ def _symbolic(variables: Any) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _told(error: Exception) -> tuple[str, str]:
-    """The operation that an error is about, and where: its first line, and the facts in our note."""
+    """The operation that an error is about, and where: its first line, and what our note says."""
     notes = [n for n in getattr(error, "__notes__", ()) if n.startswith(_errors.NOTE_PREFIX)]
     facts = notes[0].removeprefix(_errors.NOTE_PREFIX).splitlines()[:3] if notes else []
     return str(error).partition("\n")[0], "\n".join(["  " + facts[0], *facts[1:]] if facts else [])
