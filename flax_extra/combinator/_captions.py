@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax import linen as nn
 
-from flax_extra.combinator._expression import expression, settings
+from flax_extra.combinator._expression import one_line, settings
 from flax_extra.combinator._inference import name_of, shorten
 from flax_extra.combinator._merge import Add, Concatenate, Div, Fold, Mul, Split, Sub
 
@@ -33,7 +33,7 @@ NAME_SIZE, SMALL_SIZE = 13, 11
 """The sizes of the letters: of what boxes are called, and of all else."""
 
 LETTER_WIDTH = 0.62
-LONGEST_LINE = 26
+LONGEST_NAME, LONGEST_LINE = 40, 26
 MOST_LINES = 3
 _SYMBOLS = {"add": "+", "sub": "\N{MINUS SIGN}", "mul": "\N{MULTIPLICATION SIGN}", "truediv": "\N{DIVISION SIGN}"}
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -68,7 +68,7 @@ def caption_of(f: Any, fixed: Mapping[str, Any]) -> Caption:
     name, arguments = _name_and_arguments(f)
     given = [*arguments, *(f"{k}={_text(v)}" for k, v in fixed.items())]
     words = f"{name}({', '.join(given)})" if given else name
-    return Caption(shorten(name, LONGEST_LINE), tuple(_lines(given)), words)
+    return Caption(shorten(name, LONGEST_NAME), tuple(_lines(given)), words)
 
 
 def frame_caption(combinator: Combinator, fixed: Mapping[str, Any]) -> str:
@@ -88,12 +88,12 @@ def frame_caption(combinator: Combinator, fixed: Mapping[str, Any]) -> str:
         kind = ""
     words = [k if v is True else f"{k}={_text(v)}" for k, v in {**values, **fixed}.items()]
     head = ": ".join(part for part in (combinator.label if named else "", kind) if part)
-    return shorten(", ".join([head, *words]), 2 * LONGEST_LINE)
+    return shorten(", ".join([head, *words]), LONGEST_NAME)
 
 
 def join_caption(f: Add | Sub | Mul | Div | Concatenate | Split) -> Caption:
     """What is written where many items become one, or one becomes many."""
-    words = expression(f)
+    words = one_line(f)
     if isinstance(f, Concatenate | Split):
         name = "concat" if isinstance(f, Concatenate) else "split"
         return Caption(name if f.axis == -1 else f"{name}, axis={f.axis}", (), words)
@@ -120,7 +120,7 @@ def _name_and_arguments(f: Any) -> tuple[str, list[str]]:
 
 def _text(value: Any) -> str:
     """A value as an expression, without what differs from one run to the next."""
-    return shorten(ADDRESS.sub("", expression(value)), LONGEST_LINE)
+    return shorten(ADDRESS.sub("", one_line(value)), LONGEST_LINE)
 
 
 def _lines(arguments: Iterable[str]) -> list[str]:

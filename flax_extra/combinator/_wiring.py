@@ -63,7 +63,7 @@ RADIUS = 11
 MOST_JOINED = 3
 NAME_HEIGHT, DETAIL_HEIGHT = 28, 14
 FRAME_HEAD, FRAME_FOOT = 26, 2
-DROP, LANE, CROSSING = 10, 12, 34
+DROP, LANE, CROSSING = 10, 12, 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,14 +238,13 @@ class _Reader:
         before, _ = self.stacks.get(inner, ((), ())) if inner is not None else ((), ())
         strands, y = self._relabelled(strands, f.n_carried, len(strands), bounds, y)
         _write(strands, before)
-        strands, y = self._child(f, 0, position, strands, bounds, y)
-        return self._relabelled(strands, f.n_carried, f.signature.n_out, bounds, y)
+        return self._child(f, 0, position, strands, bounds, y)
 
     def _relabelled(
         self, strands: _Strands, start: int, stop: int, bounds: _Bounds, y: int
     ) -> tuple[_Strands, int]:
         changed = strands[start:stop]
-        if not self.stacks or not changed:
+        if not self.stacks:
             return strands, y
         for strand in changed:
             self._end(strand, y)
@@ -278,6 +277,9 @@ class _Reader:
         frame = Frame(caption, copies, inner.left, inner.right, y, end)
         self.picture.frames.insert(place, frame)
         self._in_order(given + rest, bounds)
+        if isinstance(f, Scan) and self.stacks:
+            first, last = f.n_carried, f.signature.n_out
+            return self._relabelled(given + rest, first, last, bounds, end)
         return given + rest, end + BELOW_STEP
 
     def _box(
