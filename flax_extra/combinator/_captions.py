@@ -35,7 +35,12 @@ NAME_SIZE, SMALL_SIZE = 13, 11
 LETTER_WIDTH = 0.62
 LONGEST_NAME, LONGEST_LINE = 40, 26
 MOST_LINES = 3
-_SYMBOLS = {"add": "+", "sub": "\N{MINUS SIGN}", "mul": "\N{MULTIPLICATION SIGN}", "truediv": "\N{DIVISION SIGN}"}
+_SYMBOLS = {
+    "add": "+",
+    "sub": "\N{MINUS SIGN}",
+    "mul": "\N{MULTIPLICATION SIGN}",
+    "truediv": "\N{DIVISION SIGN}",
+}
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -75,15 +80,15 @@ def frame_caption(combinator: Combinator, fixed: Mapping[str, Any]) -> str:
     """What is written on the frame of a combinator: its name, its kind, and how it is set.
 
     >>> from flax_extra import combinator as cb
-    >>> frame_caption(cb.repeat(abs, 6, remat=True, name="tower"), {})
-    'tower: repeat ×6, remat'
+    >>> print(frame_caption(cb.scan(cb.add() >> cb.dup(), axis=0, reverse=True, name="sums"), {}))
+    sums: scan, axis=0, reverse
     """
     kind = combinator.kind
     named = combinator.label != kind
     values = {prefix.removesuffix("="): value for prefix, value in settings(combinator)}
     values.pop("name", None)
     if kind == "repeat":
-        kind = f"repeat ×{values.pop('n', 1)}"
+        kind = f"repeat \N{MULTIPLICATION SIGN}{values.pop('n', 1)}"
     if kind in ("serial", "parallel") and named:
         kind = ""
     words = [k if v is True else f"{k}={_text(v)}" for k, v in {**values, **fixed}.items()]
@@ -91,7 +96,7 @@ def frame_caption(combinator: Combinator, fixed: Mapping[str, Any]) -> str:
     return shorten(", ".join([head, *words]), LONGEST_NAME)
 
 
-def join_caption(f: Add | Sub | Mul | Div | Concatenate | Split) -> Caption:
+def operation_caption(f: Add | Sub | Mul | Div | Concatenate | Split) -> Caption:
     """What is written where many items become one, or one becomes many."""
     words = one_line(f)
     if isinstance(f, Concatenate | Split):

@@ -1,8 +1,8 @@
 """Columns: where what stands upright in a picture goes, from left to right.
 
-A wire, and each side of a box or a frame, stands in a column. All that a picture asks of its columns
-is that some stay a distance to the right of others; the least positions that do so are one pass over
-the columns, so that equal expressions are drawn alike, on every machine.
+A wire, and each side of a box or a frame, stands in a column. All that a picture asks of its
+columns is that some stay a distance to the right of others. The least positions that do so are
+found in one pass, in whole numbers, so that equal expressions are drawn alike on every machine.
 
     >>> columns = Columns()
     >>> side, wire, far = columns.new(leans=True), columns.new(), columns.new()

@@ -1,9 +1,9 @@
 """The wiring picture of a pipeline, as SVG.
 
-    >>> from flax_extra import combinator as cb
-    >>> picture = cb.diagram(cb.residual(abs))
-    >>> picture.svg.splitlines()[-1]
-    '</svg>'
+>>> from flax_extra import combinator as cb
+>>> picture = cb.diagram(cb.residual(abs))
+>>> picture.svg.splitlines()[-1]
+'</svg>'
 """
 
 from __future__ import annotations
@@ -14,18 +14,33 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import escape
 
 from flax_extra.combinator import _errors
 from flax_extra.combinator._base import Combinator
 from flax_extra.combinator._captions import ADDRESS, NAME_SIZE, SMALL_SIZE
 from flax_extra.combinator._expression import expression
-from flax_extra.combinator._flow import serial
-from flax_extra.combinator._inference import is_combinator
-from flax_extra.combinator._picture import Box, Dot, Frame, Label, Picture, Route, Shape, Wire
-from flax_extra.combinator._wiring import BESIDE_LABEL, CORNER, DETAIL_HEIGHT, RADIUS, Position, Stacks, read
+from flax_extra.combinator._inference import shorten
+from flax_extra.combinator._picture import (
+    BESIDE_LABEL,
+    CORNER,
+    DETAIL_HEIGHT,
+    RADIUS,
+    Box,
+    Dot,
+    Frame,
+    Label,
+    Picture,
+    Route,
+    Shape,
+    Wire,
+)
+from flax_extra.combinator._record import Recording, as_pipeline, record
+from flax_extra.combinator._stack import Stack, describe_item
+from flax_extra.combinator._wiring import Position, Stacks, read
 
 MARGIN = 16
+LONGEST_LABEL = 48
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 LINE_WIDTH = 1.5
 COPY_OFFSET = 4
@@ -94,19 +109,72 @@ class Diagram:
         return self.svg
 
 
+def diagram(f: Callable[..., Any], *inputs: Any, **context: Any) -> Diagram:
+    """The wiring picture of a pipeline: steps, and the items of the stack as wires.
+
+    Time flows down, and the top of the stack is on the left. Boxes are what is called: layers,
+    functions and, rounded, what merges or cuts. A named, derived or lifted combinator is a frame
+    around its steps. A dot is where an item is used twice, a ring where one is dropped.
+
+    Args:
+        f: a pipeline, or any callable that could be a step of one.
+        inputs: the items of the stack, top first, as for :func:`shape_signature`: texts such as
+            ``"f32[b, t, 64]"``, arrays, ``jax.ShapeDtypeStruct``, None. With them, wires are
+            labelled with what flows in them; nothing is computed. Items that the pipeline does
+            not take pass by it.
+        context: keywords for every step that takes them, such as ``deterministic``.
+
+    Returns:
+        A picture, to save or for a notebook to show.
+
+    Raises:
+        TypeError: where ``f`` is not callable, or a keyword is taken by no step.
+        ValueError: where an input is not a spec.
+        Exception: what a step raises, where the inputs do not fit.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> from flax_extra import combinator as cb
+        >>> block = cb.residual(nn.LayerNorm(), nn.Dense(8))
+        >>> picture = cb.diagram(block, "f32[b, 8]")
+        >>> picture.svg.count(">f32[b, 8]</text>")
+        4
+
+    See Also:
+        :func:`summary`, which tells the same as a table.
+    """
+    pipeline = as_pipeline(f)
+    unknown = context.keys() - pipeline.keywords
+    if unknown:
+        raise _errors.unknown_context(pipeline.label, unknown, pipeline.keywords)
+    return draw(pipeline, _stacks(record(pipeline, inputs, context)) if inputs else None)
+
+
+def _stacks(recording: Recording) -> dict[Position, Stacks]:
+    """What is on the stack before and after each step, as text."""
+    if recording.error is not None:
+        raise recording.error
+    steps = [recording.root, *recording.root.steps()]
+    return {step.position: (_texts(step.before), _texts(step.after or ())) for step in steps}
+
+
+def _texts(stack: Stack) -> list[str]:
+    return [shorten(describe_item(item), LONGEST_LABEL) for item in stack]
+
+
 def draw(f: Combinator, stacks: Mapping[Position, Stacks] | None = None) -> Diagram:
     """The picture of a pipeline, with labels where it is known what is on the stack."""
     picture = read(f, stacks)
     width, height = picture.width + 2 * MARGIN, picture.height + 2 * MARGIN
+    place = f'width="{width}" height="{height}"'
+    box = f"{-MARGIN} {-MARGIN} {width} {height}"
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="{CLASS}" role="img" width="{width}" '
-        f'height="{height}" viewBox="{-MARGIN} {-MARGIN} {width} {height}" '
-        f"font-family={quoteattr(FONT)}>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="{CLASS}" role="img" {place}',
+        f'  viewBox="{box}" font-family="{FONT}">',
         f"<title>{_escape(f'Wiring of {f.label}: {f.signature}')}</title>",
         f"<desc>{_escape(expression(f))}</desc>",
         f"<style>{_dark()}</style>",
-        f'<rect {_painted("canvas")} x="{-MARGIN}" y="{-MARGIN}" width="{width}" '
-        f'height="{height}"/>',
+        f'<rect {_painted("canvas")} x="{-MARGIN}" y="{-MARGIN}" {place}/>',
         *itertools.chain.from_iterable(map(_frame, picture.frames)),
         f'<g {_painted("wire")} stroke-width="{LINE_WIDTH}">',
         *(f'<path d="{_path(wire)}"/>' for wire in picture.wires),
@@ -170,7 +238,9 @@ def _boxes_and_words(picture: Picture) -> Iterator[str]:
     """From the top down, as people read, and select, and have it read to them."""
     pieces = [(box.top, box.left.x, _box(box)) for box in picture.boxes]
     pieces += [(frame.top, frame.left.x, _frame_caption(frame)) for frame in picture.frames]
-    pieces += [(label.y, label.column.x, _label(label)) for label in picture.labels if label.item.text]
+    pieces += [
+        (label.y, label.column.x, _label(label)) for label in picture.labels if label.item.text
+    ]
     yield from (text for _, _, text in sorted(pieces, key=lambda piece: piece[:2]))
 
 
@@ -201,7 +271,8 @@ def _label(label: Label) -> str:
 def _words(kind: str, x: int, y: int, text: str, anchor: str = "start") -> str:
     size = NAME_SIZE if kind == "name" else SMALL_SIZE
     anchored = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text {_painted(kind)} x="{x}" y="{y}" font-size="{size}"{anchored}>{_escape(text)}</text>'
+    place = f'x="{x}" y="{y}" font-size="{size}"{anchored}'
+    return f"<text {_painted(kind)} {place}>{_escape(text)}</text>"
 
 
 def _escape(text: str) -> str:

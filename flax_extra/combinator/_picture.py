@@ -1,4 +1,4 @@
-"""What a picture of a pipeline is made of: boxes, wires, frames, dots and labels, each in its place.
+"""What a picture of a pipeline is made of: boxes, wires, frames, dots and labels.
 
 From left to right they stand in columns; from the top down, at pixels.
 """
@@ -10,6 +10,18 @@ import enum
 
 from flax_extra.combinator._captions import Caption
 from flax_extra.combinator._columns import Column
+
+CORNER = 8
+"""The radius of the corners of wires."""
+
+RADIUS = 11
+"""The radius of a round box."""
+
+BESIDE_LABEL = 7
+"""The room on either side of a text."""
+
+DETAIL_HEIGHT = 14
+"""The height of a line below the name in a box."""
 
 
 class Route(enum.Enum):
