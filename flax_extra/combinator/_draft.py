@@ -250,7 +250,7 @@ class Draft:
         """Labels new wires, which are some of those within the bounds."""
         self._in_order(strands, bounds)
         neighbours = [*(strand.column for strand in strands[1:]), bounds.right]
-        for strand, neighbour in zip(strands, neighbours, strict=True):
+        for strand, neighbour in zip(strands, neighbours, strict=False):
             if strand in new:
                 label = Label(strand.column, strand.top + LABEL_DROP, strand.item)
                 self._picture.labels.append(label)

@@ -45,10 +45,12 @@ MOST_JOINED = 3
 def read(f: Combinator, stacks: Mapping[Position, Stacks] | None = None) -> Picture:
     """The picture of a pipeline, with labels where it is known what is on the stack."""
     draft = Draft(has_labels=stacks is not None)
-    given = () if stacks is None else stacks[()][0]
-    front = draft.begin(max(f.signature.n_in, len(given)))
-    _write(front.strands, given)
-    return draft.finish(_Reader(draft, stacks or {}).pipeline(f, (), front))
+    before, after = ((), ()) if stacks is None else stacks[()]
+    front = draft.begin(max(f.signature.n_in, len(before)))
+    _write(front.strands, before)
+    front = _Reader(draft, stacks or {}).pipeline(f, (), front)
+    _write(front.strands, after)
+    return draft.finish(front)
 
 
 class _Reader:
@@ -150,7 +152,5 @@ def _is_open(f: Combinator) -> bool:
     """Whether its steps say all that it does; if not, it is a box."""
     if type(f).__call__ is not Combinator.__call__:
         return False
-    if f.meaning is not None:
-        return len(f.children) > 0
     primitives = (Serial, Parallel, Fn, Typed, Repeat, Scan, Remat)
-    return any(type(f).flow is primitive.flow for primitive in primitives)
+    return f.meaning is not None or any(type(f).flow is known.flow for known in primitives)
