@@ -36,7 +36,7 @@ BETWEEN_WIRES, BETWEEN_BOXES, BESIDE_WIRE = 28, 18, 14
 BELOW_STEP, BELOW_STEP_WITH_LABELS, LABEL_DROP = 18, 30, 18
 NAME_HEIGHT = 28
 FRAME_HEAD, FRAME_FOOT = 26, 2
-DROP, LANE, CROSSING = 10, 12, 40
+DROP, LANE, CROSSING, SLOPE = 10, 12, 40, 35
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +77,14 @@ class Draft:
 
     Args:
         has_labels: whether to leave room for labels beside the wires.
+        spans: how wide each place is where wires cross, as ``spans`` of a first draft says: wires
+            that go far aside need to come down far, or nobody can follow them.
     """
 
-    def __init__(self, has_labels: bool) -> None:
+    def __init__(self, has_labels: bool, spans: Sequence[int] = ()) -> None:
         self.has_labels = has_labels
+        self._heights = [max(CROSSING, span * SLOPE // 100) for span in spans]
+        self._crossings: list[list[Wire]] = []
         self._picture = Picture()
         self._columns = Columns()
         self._below = BELOW_STEP_WITH_LABELS if has_labels else BELOW_STEP
@@ -104,6 +108,11 @@ class Draft:
         self._columns.settle()
         self._picture.width, self._picture.height = front.bounds.right.x, front.y
         return self._picture
+
+    @property
+    def spans(self) -> list[int]:
+        """How far aside a wire goes at most, wherever wires cross; known once finished."""
+        return [max(abs(w.end.x - w.start.x) for w in wires) for wires in self._crossings]
 
     def box(self, caption: Caption, shape: Shape, signature: Signature, front: Front) -> Front:
         """A box over the wires that it takes."""
@@ -201,10 +210,16 @@ class Draft:
         if list(indices) == list(range(n_in)):
             return front
         taken, rest = front.split(n_in)
-        plan = _Plan(indices, _kept(indices, n_in), front.y)
+        number = len(self._crossings)
+        height = self._heights[number] if number < len(self._heights) else CROSSING
+        plan = _Plan(indices, _kept(indices, n_in), front.y, height)
+        first = len(self._picture.wires)
         given = tuple(self._moved(plan, taken, *use) for use in plan.uses)
         for i, strand in enumerate(taken):
             self._leave(plan, i, strand)
+        if plan.crosses:
+            moved = self._picture.wires[first : first + len(given)]
+            self._crossings.append([w for w in moved if w.route is Route.CROSS])
         strands = given + rest
         crossed = tuple(s for s, (i, k) in zip(given, plan.uses, strict=True) if k not in (None, i))
         self._in_order(strands, front.bounds)
@@ -287,17 +302,20 @@ class _Plan:
         indices: which wire each of those that go on comes from.
         kept: in which of the old columns each goes on; None for a new one.
         top: where the first of this happens.
+        height: how far wires come down while they cross.
     """
 
-    def __init__(self, indices: Sequence[int], kept: Sequence[int | None], top: int) -> None:
+    def __init__(
+        self, indices: Sequence[int], kept: Sequence[int | None], top: int, height: int
+    ) -> None:
         self.uses = list(zip(indices, kept, strict=True))
         self.top = top
         branching = sorted({i for i, k in self.uses if k is None}, reverse=True)
         lanes = itertools.count(top + DROP, LANE)
         self.lanes: Mapping[int, int] = dict(zip(branching, lanes, strict=False))
         self.crossing = max(self.lanes.values(), default=top) + CORNER
-        crosses = any(k not in (None, i) for i, k in self.uses)
-        self.bottom = self.crossing + (CROSSING if crosses else 0)
+        self.crosses = any(k not in (None, i) for i, k in self.uses)
+        self.bottom = self.crossing + (height if self.crosses else 0)
 
 
 def _kept(indices: Sequence[int], n_in: int) -> list[int | None]:

@@ -44,7 +44,14 @@ MOST_JOINED = 3
 
 def read(f: Combinator, stacks: Mapping[Position, Stacks] | None = None) -> Picture:
     """The picture of a pipeline, with labels where it is known what is on the stack."""
-    draft = Draft(has_labels=stacks is not None)
+    first = Draft(has_labels=stacks is not None)
+    picture = _drafted(f, stacks, first)
+    if not first.spans:
+        return picture
+    return _drafted(f, stacks, Draft(has_labels=stacks is not None, spans=first.spans))
+
+
+def _drafted(f: Combinator, stacks: Mapping[Position, Stacks] | None, draft: Draft) -> Picture:
     before, after = ((), ()) if stacks is None else stacks[()]
     front = draft.begin(max(f.signature.n_in, len(before)))
     _write(front.strands, before)

@@ -6,7 +6,7 @@ Nothing here knows how pictures are made. It follows lines on paper, as a reader
 import dataclasses
 import itertools
 import re
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 SVG = "{http://www.w3.org/2000/svg}"
 LETTER = 0.62
@@ -81,7 +81,7 @@ class Drawn:
     """A picture as it is seen."""
 
     def __init__(self, svg):
-        root = ElementTree.fromstring(svg)
+        root = ET.fromstring(svg)
         self.root = root
         x, y, width, height = map(float, root.get("viewBox").split())
         self.canvas = Rect(x, y, x + width, y + height)

@@ -1,6 +1,6 @@
 """The pictures that are pinned, each of which was looked at, in light and in dark.
 
-    python -m tests.combinator.pictures    # draws them anew, to look at again
+python -m tests.combinator.pictures    # draws them anew, to look at again
 """
 
 import operator
@@ -32,10 +32,12 @@ def perceiver():
 
 
 def sixty_boxes():
-    blocks = [cb.residual(nn.LayerNorm(), nn.Dense(64), nn.gelu, nn.Dropout(0.1)) for _ in range(11)]
-    return cb.serial(nn.Embed(256, 64), blocks, nn.LayerNorm(), nn.Dense(256), nn.log_softmax)
-
-
+    blocks = [
+        cb.residual(nn.LayerNorm(), nn.Dense(64), nn.gelu, nn.Dropout(0.1)) for _ in range(11)
+    ]
+    return cb.serial(
+        nn.Embed(256, 64), blocks, nn.LayerNorm(), nn.relu, nn.Dense(256), nn.log_softmax
+    )
 
 
 MASKED = ("f32[b, t, 64]", "bool[b, t, t]")
