@@ -6,6 +6,7 @@ Nothing here knows how pictures are made. It follows lines on paper, as a reader
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from xml.etree import ElementTree as ET
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -92,8 +93,8 @@ class Drawn:
         self.words = [_words(text) for text in root.findall(f"{SVG}text")]
         rects = root.findall(f"{SVG}rect")
         self.frames = [_rect(r) for r in rects if r.get("class") == "frame"]
-        circles = root.findall(f"{SVG}circle")
-        self.dots = {(float(c.get("cx")), float(c.get("cy"))) for c in circles}
+        self.dots = _circles(root, "dot")
+        self.rings = _circles(root, "end")
 
     # What is called on what
 
@@ -143,7 +144,7 @@ class Drawn:
             (before,) = [w for w in self.wires if w.end == wire.start]
             if before.is_straight:
                 return value(before)
-            (source,) = [w for w in self.wires if w.is_straight and _on(before.start, w)]
+            (source,) = [w for w in self.wires if _on(before.start, w)]
             return value(source)
 
         boxes = {}
@@ -163,7 +164,8 @@ class Drawn:
 
     def faults(self):
         """What makes it hard to read, or wrong."""
-        return [*self._overlaps(), *self._touched(), *self._merged(), *self._nesting()]
+        parts = (self._overlaps, self._touched, self._merged, self._nesting, self._signs)
+        return [fault for part in parts for fault in part()]
 
     def _overlaps(self):
         captions = [w for box in self.boxes for w in box.words]
@@ -216,6 +218,27 @@ class Drawn:
         for frame, box in itertools.product(self.frames, self.boxes):
             if frame.meets(box.place) and not frame.holds(box.place):
                 yield f"{box.tip!r} is half in a frame"
+
+    def _signs(self):
+        """A dot is where a wire splits, and a ring is where one ends; there are no others."""
+        straight = [w for w in self.wires if w.is_straight]
+        leaving = Counter(w.start for w in self.wires if w.letters in ("MHQ", "MC"))
+        for point in leaving:
+            leaving[point] += sum(_on(point, w) and w.end != point for w in self.wires)
+        splits = {point for point, count in leaving.items() if count > 1}
+        if splits != self.dots:
+            yield f"splits at {splits} and dots at {self.dots}"
+        starts = {w.start for w in self.wires}
+        taken = {w.end for box in self.boxes for w in self.inputs_of(box)}
+        bottom = {w.end for w in self.outputs}
+        ends = {w.end for w in straight} - starts - taken - bottom
+        if ends != self.rings:
+            yield f"wires end at {ends} and rings are at {self.rings}"
+
+
+def _circles(root, kind):
+    found = [c for c in root.findall(f"{SVG}circle") if c.get("class") == kind]
+    return {(float(c.get("cx")), float(c.get("cy"))) for c in found}
 
 
 def _rect(element):
@@ -276,7 +299,9 @@ def _near(point, centre, radius):
 
 
 def _on(point, wire):
-    return wire.start[0] == point[0] and wire.start[1] <= point[1] <= wire.end[1]
+    """Whether a point lies on the upright part that a wire begins with."""
+    (x, top), (_, bottom) = wire.points[:2]
+    return wire.letters[1] == "V" and x == point[0] and top <= point[1] <= bottom
 
 
 def _crosses(part, place):

@@ -41,11 +41,26 @@ class Everywhere(dict):
         return ["f32[b, t, 64]"] * 9, [f"f32[{text}, {i}]" for i in range(9)]
 
 
+OPERATIONS = {
+    "+": "add",
+    "\N{MINUS SIGN}": "sub",
+    "\N{MULTIPLICATION SIGN}": "mul",
+    "\N{DIVISION SIGN}": "truediv",
+}
+ARITHMETIC = st.builds(
+    lambda build, n: build(n), st.sampled_from([cb.add, cb.sub, cb.mul, cb.div]), st.integers(1, 5)
+)
+
+
+def pipelines(max_leaves=6):
+    return free.pipelines(st.one_of(free.fresh_layers, ARITHMETIC), max_leaves)
+
+
 def call(box, items, n_out):
     """What a box gives, in the terms of the free algebra."""
     name = box.words[0].text
-    if name == "fold":
-        (f,) = (words.text for words in box.words[1:])
+    if name == "fold" or name in OPERATIONS:
+        f = OPERATIONS.get(name) or box.words[1].text
         folded = items[0]
         for item in items[1:]:
             folded = free.call(f, (folded, item), 1)
@@ -62,26 +77,31 @@ def calls_counted(f):
         made[name, items, n_out] += 1
         return original(name, items, n_out)
 
+    arithmetic = {
+        f"__{name}__": functools.partialmethod(lambda a, name, b: free.call(name, (a, b), 1), name)
+        for name in OPERATIONS.values()
+    }
     # A picture does not say which parameters a layer has.
     with (
+        mock.patch.multiple(free.Term, create=True, **arithmetic),
         mock.patch.object(free, "Path", return_value=""),
         mock.patch.object(free, "call", counting),
     ):
         return f(), made
 
 
-@given(p=free.pipelines(), n_extra=st.integers(0, 2), has_labels=st.booleans())
+@given(p=pipelines(), n_extra=st.integers(0, 2), has_labels=st.booleans())
 def test_the_wires_lead_where_the_expression_says(p, n_extra, has_labels):
-    items = [f"x{i}" for i in range(p.signature.n_in + n_extra * has_labels)]
+    items = [free.Term("x", (), i) for i in range(p.signature.n_in + n_extra * has_labels)]
     output, made = calls_counted(lambda: p.init_with_output(free.KEY, *items)[0])
     expected = output if isinstance(output, tuple) else (output,)
-    picture = Drawn(drawn_with(p, Everywhere(items) if has_labels else None).svg)
+    picture = Drawn(drawn_with(p, Everywhere(["x"] * len(items)) if has_labels else None).svg)
     given, drawn = calls_counted(lambda: picture.evaluate(call, items))
     assert given == expected
     assert drawn == made
 
 
-@given(p=free.pipelines(max_leaves=10), n_extra=st.integers(0, 2), has_labels=st.booleans())
+@given(p=pipelines(max_leaves=10), n_extra=st.integers(0, 2), has_labels=st.booleans())
 def test_nothing_lies_on_anything_else(p, n_extra, has_labels):
     items = ["i32[b, t, 3]"] * (p.signature.n_in + n_extra)
     picture = Drawn(drawn_with(p, Everywhere(items) if has_labels else None).svg)
@@ -89,7 +109,7 @@ def test_nothing_lies_on_anything_else(p, n_extra, has_labels):
 
 
 @settings(max_examples=50)
-@given(p=free.pipelines())
+@given(p=pipelines())
 def test_equal_expressions_have_one_picture(p):
     assert cb.diagram(p).svg == cb.diagram(p.clone()).svg
 
