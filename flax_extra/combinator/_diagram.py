@@ -50,7 +50,7 @@ CLASS = "flax-extra-diagram"
 
 COLOURS = {
     "canvas": (("#ffffff", "none"), ("#14181f", "none")),
-    "frame": (("none", "#b3bcc9"), ("none", "#4b5666")),
+    "frame": (("none", "#8592a3"), ("none", "#66758a")),
     "wire": (("none", "#5a6675"), ("none", "#93a1b3")),
     "layer": (("#e8f0fe", "#4a76c0"), ("#1d2f4d", "#6d9be8")),
     "function": (("#f7f7f8", "#7b8694"), ("#242a33", "#8894a5")),

@@ -385,6 +385,8 @@ def test_text_stands_out_from_what_is_behind_it():
             for behind in ("canvas", "layer", "function", "pill"):
                 ratio = contrast(COLOURS[text][mode][0], COLOURS[behind][mode][0])
                 assert ratio > 4.5, (mode, text, behind)  # WCAG 2.2, 1.4.3
+        for line in ("frame", "wire", "layer", "function", "pill", "end"):
+            assert contrast(COLOURS[line][mode][1], COLOURS["canvas"][mode][0]) > 3  # 1.4.11
 
 
 def contrast(a, b):
