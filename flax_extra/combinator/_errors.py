@@ -84,6 +84,12 @@ def not_callable(value: str, kind: str) -> TypeError:
     )
 
 
+def module_class(name: str) -> TypeError:
+    return TypeError(
+        f"A pipeline is made of layers; got the class {name}. Make a layer of it: {name}(...)."
+    )
+
+
 def not_one_child(asked: str, found: int) -> TypeError:
     return TypeError(
         f"{asked} takes one callable; got {found}. Put several in series: cb.serial(...)."
@@ -351,8 +357,46 @@ def unknown_context(label: str, unknown: Iterable[str], taken: Iterable[str]) ->
     )
 
 
-def raised_in(path: Sequence[str], signature: str, stack: str) -> str:
-    return f"{NOTE_PREFIX}{_path(path)}\n  signature: {signature}\n  stack: {stack}"
+def raised_in(path: Sequence[str], signature: str, stack: str, advice: str) -> str:
+    facts = f"{NOTE_PREFIX}{_path(path)}\n  signature: {signature}\n  stack: {stack}"
+    return f"{facts}\n  {advice}" if advice else facts
+
+
+def advice_on(error: Exception) -> str:
+    """What to do about an error that linen raises in many a layer; nothing for another."""
+    if str(error).startswith('Parameter "deterministic" must be passed'):
+        return "Say at the call which it is: apply(variables, ..., deterministic=True)."
+    return _ADVICE.get(type(error).__name__, "")
+
+
+_ADVICE = {
+    "InvalidRngError": "Give apply a key for that stream, as in rngs={'dropout': key}, or switch "
+    "the layer off, as with deterministic=True.",
+    "ScopeParamShapeError": "The variables were made for other inputs, or for another pipeline: "
+    "give it the inputs that they were made for, or initialise again.",
+    "ScopeParamNotFoundError": "The variables were made for another pipeline: initialise again.",
+    "CallCompactUnboundModuleError": "A pipeline with layers is called with variables: "
+    "pipeline.apply(variables, ...), where variables = pipeline.init(key, ...).",
+}
+
+
+def advice_on_sum() -> str:
+    return "The items must have one shape, or broadcast to one."
+
+
+def advice_on_residual() -> str:
+    return (
+        "The body and the shortcut of a residual are added, so both give one shape. Project one: "
+        "cb.residual(f, shortcut=nn.Dense(features))."
+    )
+
+
+def advice_on_concatenate(axis: int) -> str:
+    return f"The items may differ along axis {axis} alone. Name another: cb.concatenate(axis=...)."
+
+
+def advice_on_split(n: int, axis: int) -> str:
+    return f"The size of axis {axis} must divide by {n}. Name another: cb.split({n}, axis=...)."
 
 
 # Shapes.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from flax import linen as nn
 
 from flax_extra.combinator._base import Combinator
 from flax_extra.combinator._inference import is_combinator, name_of
@@ -119,7 +120,12 @@ def as_pipeline(f: Callable[..., Any]) -> Combinator:
     pipeline = f if isinstance(f, Combinator) else fn(f)
     if pipeline.parent is None and pipeline.scope is None:
         return pipeline
-    return pipeline.clone(parent=None, _deep_clone=True)
+    clones: dict[int, nn.Module] = {}
+
+    def unbound(module: nn.Module) -> nn.Module:  # one that waits in a setup has a parent, too
+        return clones.setdefault(id(module), module.clone(parent=None, _deep_clone=True))
+
+    return pipeline.clone(parent=None, children=pipeline.children.with_modules(unbound))
 
 
 def _recorder(root: Record) -> Watch:
@@ -133,7 +139,7 @@ def _recorder(root: Record) -> Watch:
         if _declares(visit.child.target):
             declaring.add(visit.position)
         if visit.position[:-1] in declaring:  # what `fn` and `typed` hold is the same step
-            owner.modules = _modules(visit)
+            owner.path, owner.modules = visit.path, _modules(visit)
             records[visit.position] = owner
             return step()
         # A loop may run its body more than once: the last time counts.

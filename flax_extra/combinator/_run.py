@@ -248,7 +248,8 @@ def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
     try:
         returned = f(*_positional(child, items), **_keywords(child, items, frame.context))
     except Exception as error:
-        _annotate(error, path, signature, stack)
+        advice = "" if frame.derived is None else frame.derived.advice
+        _annotate(error, path, signature, stack, advice)
         raise
     finally:
         _place.reset(token)
@@ -291,10 +292,13 @@ def _too_few(
     )
 
 
-def _annotate(error: Exception, path: tuple[str, ...], signature: Signature, stack: Stack) -> None:
+def _annotate(
+    error: Exception, path: tuple[str, ...], signature: Signature, stack: Stack, advice: str
+) -> None:
     """Adds where and on what, once: the innermost pipeline that sees an error knows most."""
     if isinstance(error, _errors.SignatureError) and " -> " in str(error):
         return
     notes = getattr(error, "__notes__", ())
     if not any(str(note).startswith(_errors.NOTE_PREFIX) for note in notes):
-        error.add_note(_errors.raised_in(path, str(signature), describe(stack)))
+        advice = advice or _errors.advice_on(error)
+        error.add_note(_errors.raised_in(path, str(signature), describe(stack), advice))

@@ -267,29 +267,49 @@ def _symbolic(variables: Any) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _told(error: Exception) -> tuple[str, str]:
-    """The operation that an error is about, and where: the first line, and our note."""
-    notes = [
-        note for note in getattr(error, "__notes__", ()) if note.startswith(_errors.NOTE_PREFIX)
-    ]
-    where = notes[0].removeprefix(_errors.NOTE_PREFIX) if notes else ""
-    return str(error).partition("\n")[0], f"  {where}" if where else ""
+    """The operation that an error is about, and where: its first line, and what our note says."""
+    notes = [n for n in getattr(error, "__notes__", ()) if n.startswith(_errors.NOTE_PREFIX)]
+    facts = notes[0].removeprefix(_errors.NOTE_PREFIX).splitlines()[:3] if notes else []
+    return str(error).partition("\n")[0], "\n".join(["  " + facts[0], *facts[1:]] if facts else [])
 
 
 # Where shapes part.
 
 
 def _parting(root: Record, asked: Stack, found: Stack) -> str:
-    """The last step that gave an output as it should not be without having taken one like it."""
-    if len(asked) != len(found):
+    """The last step that made what is wrong out of items in which it was not."""
+    pairs = [
+        (old, new)
+        for old, new in zip(*map(jax.tree_util.tree_leaves, (asked, found)), strict=False)
+        if describe_item(old) != describe_item(new)
+    ]
+    if len(asked) != len(found) or not pairs:
         return ""
-    wrong = [
-        describe_item(new)
-        for old, new in zip(asked, found, strict=True)
-        if canonical([old]) != canonical([new])
-    ] or [describe_item(new) for new in found]
+    is_wrong = _fault(*pairs[0])
     # The innermost steps first: they know best.
     for step in reversed([*root.steps(), *root.leaves()]):
-        given, taken = (set(map(describe_item, items)) for items in (step.given, step.taken))
-        if (given - taken).intersection(wrong):
+        given, taken = (jax.tree_util.tree_leaves(items) for items in (step.given, step.taken))
+        if any(map(is_wrong, given)) and not any(map(is_wrong, taken)):
             return _errors.parted_at(step.path, describe(step.taken), describe(step.given))
     return ""
+
+
+def _fault(asked: Any, found: Any) -> Callable[[Any], bool]:
+    """What is wrong with an array: its type, else its number of axes, else the first that differs.
+
+    The result says whether another has the same fault.
+    """
+    if not all(isinstance(item, jax.ShapeDtypeStruct) for item in (asked, found)):
+        return lambda item: describe_item(item) == describe_item(found)
+    features: list[Callable[[Any], Any]] = [
+        lambda item: getattr(item, "dtype", None),
+        lambda item: len(getattr(item, "shape", ())),
+        *(functools.partial(_size, axis) for axis in range(len(asked.shape))),
+    ]
+    differs = next(feature for feature in features if feature(asked) != feature(found))
+    return lambda item: bool(differs(item) == differs(found))
+
+
+def _size(axis: int, item: Any) -> str | None:
+    shape = getattr(item, "shape", ())
+    return str(shape[axis]) if axis < len(shape) else None

@@ -1,7 +1,7 @@
 """Shapes as text: what a stack item looks like, without the item.
 
 A spec is written as jaxprs print an array, ``"f32[b, t, 64]"``; a name stands for every size at
-once. JAX's own symbolic dimensions do the arithmetic.
+once, and alone for a number of that size. JAX's own symbolic dimensions do the arithmetic.
 
     >>> from flax_extra.combinator._stack import describe
     >>> inputs = abstract(["f32[b, 8*t, 64]", None, "bool[b]"])
@@ -82,6 +82,8 @@ def with_sizes(items: Iterable[Any], sizes: Mapping[str, int | str]) -> Stack:
     scope = export.SymbolicScope()
 
     def sized(leaf: Any) -> Any:
+        if export.is_symbolic_dim(leaf):
+            return export.symbolic_shape(_substituted(str(leaf), sizes), scope=scope)[0]
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         text = ", ".join(_substituted(str(dim), sizes) for dim in leaf.shape)
@@ -93,12 +95,15 @@ def with_sizes(items: Iterable[Any], sizes: Mapping[str, int | str]) -> Stack:
 def canonical(items: Iterable[Any]) -> tuple[Any, ...]:
     """What two stacks of items have in common if they differ in the names of dimensions alone."""
     leaves, tree = jax.tree_util.tree_flatten(tuple(items))
-    kinds = tuple(
-        (leaf.dtype, len(leaf.shape)) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
-        for leaf in leaves
-    )
+    kinds = tuple(map(_kind, leaves))
     dims = list(_dimensions(leaves))
     return tree, kinds, min(_renamings(dims), key=str)
+
+
+def _kind(leaf: Any) -> Any:
+    if export.is_symbolic_dim(leaf):
+        return "size"
+    return (leaf.dtype, len(leaf.shape)) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
 
 def _renamings(dims: list[Any]) -> Iterator[tuple[str, ...]]:
@@ -120,7 +125,7 @@ def _all_names(dims: Iterable[Any]) -> Iterator[str]:
 
 def _dimensions(items: Iterable[Any]) -> Iterator[Any]:
     for leaf in jax.tree_util.tree_leaves(list(items)):
-        yield from getattr(leaf, "shape", ())
+        yield from (leaf,) if export.is_symbolic_dim(leaf) else getattr(leaf, "shape", ())
 
 
 def _names(dim: Any) -> list[str]:
@@ -142,7 +147,7 @@ def _scope_of(items: Stack) -> export.SymbolicScope:
 
 def _abstract_leaf(leaf: Any, scope: export.SymbolicScope | None) -> Any:
     if isinstance(leaf, str) and scope is not None:
-        return _parse_array(leaf, scope)
+        return _parse_leaf(leaf.strip(), scope)
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         return leaf
     _check_precision(describe_item(leaf), leaf.dtype)
@@ -161,33 +166,43 @@ def _check_precision(text: str, dtype: Any) -> None:
 
 
 def _parse_item(text: str, scope: export.SymbolicScope) -> Any:
-    """One item of a declaration: an array, None, or a list or dict of items."""
-    if text == "None":
-        return None
+    """One item of a declaration: an array, a constant, or a list or dict of items."""
+    if text in ("None", "True", "False"):
+        return {"None": None, "True": True, "False": False}[text]
     if group := re.fullmatch(r"list\((.*)\)", text, re.DOTALL):
         return [_parse_item(part, scope) for part in _split(group[1]) if part]
     if group := re.fullmatch(r"dict\((.*)\)", text, re.DOTALL):
         pairs = [part.partition(":") for part in _split(group[1]) if part]
         return {key.strip("'\" "): _parse_item(item.strip(), scope) for key, _, item in pairs}
-    return _parse_array(text, scope)
+    return _parse_leaf(text, scope)
 
 
-def _parse_array(text: str, scope: export.SymbolicScope) -> jax.ShapeDtypeStruct:
-    match = _SPEC.fullmatch(text.strip())
-    if match is None:
+def _parse_leaf(text: str, scope: export.SymbolicScope) -> Any:
+    """An array, or a size."""
+    match = _SPEC.fullmatch(text)
+    if match is None and ("[" in text or not text):
         raise _errors.bad_spec(text)
+    if match is None:
+        sizes = _dimensions_of(text, text, scope)
+        if len(sizes) != 1:
+            raise _errors.bad_spec(text)
+        return sizes[0]
     dtype = _dtypes().get(match["dtype"])
     if dtype is None:
         raise _errors.unknown_dtype(text, match["dtype"], _dtypes())
     _check_precision(text, dtype)
+    return _struct(_dimensions_of(text, match["dims"], scope), dtype)
+
+
+def _dimensions_of(text: str, dims: str, scope: export.SymbolicScope) -> tuple[Any, ...]:
     try:
-        shape = export.symbolic_shape(match["dims"], scope=scope)
+        shape = tuple(export.symbolic_shape(dims, scope=scope))
     except Exception as error:
         raise _errors.bad_dimensions(text, str(error).partition("\n")[0]) from error
     for dim in shape:
         if not export.is_symbolic_dim(dim) and dim < 0:
             raise _errors.bad_dimensions(text, f"{dim} is below zero")
-    return _struct(shape, dtype)
+    return shape
 
 
 def _split(text: str) -> list[str]:

@@ -21,7 +21,7 @@ from flax import linen as nn
 
 from flax_extra.combinator._base import Combinator
 from flax_extra.combinator._expression import expression
-from flax_extra.combinator._inference import shorten
+from flax_extra.combinator._inference import name_of, shorten
 from flax_extra.combinator._lift import Repeat
 from flax_extra.combinator._record import Record, record
 from flax_extra.combinator._shuffle import Identity
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 WIDTH = 120
+LONGEST_NAME = 44
 PARAMS = "params"
 
 
@@ -202,14 +203,20 @@ def _measured(leaves: Any) -> tuple[int, int]:
 
 def _name(target: Callable[..., Any]) -> str:
     if not isinstance(target, Combinator) or not len(target.children):
-        return shorten(expression(target))
-    inner = target.children[0].target
+        return _short(target)
     if not target.is_visible:  # a declaration: the name is that of what it is about
+        inner = target.children[0].target
         holds_steps = isinstance(inner, Combinator) and len(inner.children)
-        return _name(inner) if holds_steps else shorten(expression(target))
+        return _name(inner) if holds_steps else _short(target)
     if isinstance(target, Repeat):
         return f"{target.label} x{target.n}{', shared' if target.shared else ''}"
     return target.label
+
+
+def _short(target: Callable[..., Any]) -> str:
+    """The expression, or what it begins with where that is long."""
+    text = shorten(expression(target))
+    return text if len(text) <= LONGEST_NAME else f"{name_of(target)}(...)"
 
 
 def _table(summary: Summary) -> Table:
@@ -220,11 +227,12 @@ def _table(summary: Summary) -> Table:
     table = Table(box=SIMPLE_HEAD, show_footer=True)
     known = summary.error is None
     totals = summary.totals.get(PARAMS, (0, 0))
-    table.add_column("step", "total" if known else "", no_wrap=True, overflow="ellipsis")
-    table.add_column("signature", no_wrap=True)
+    count, size = (f"{totals[0]:,}", _bytes(totals[1])) if known else ("", "")
+    table.add_column("step", "total" if known else "", no_wrap=True, max_width=60)
+    table.add_column("signature", no_wrap=True, min_width=9)
     table.add_column("stack after", overflow="fold")
-    table.add_column("parameters", f"{totals[0]:,}" if known else "", justify="right", no_wrap=True)
-    table.add_column("size", _bytes(totals[1]) if known else "", justify="right", no_wrap=True)
+    table.add_column("parameters", count, justify="right", no_wrap=True, min_width=len(count))
+    table.add_column("size", size, justify="right", no_wrap=True, min_width=len(size))
     table.add_row(Text("inputs", style="dim"), "", Text(_stack(summary.root.before), style="dim"))
     for depth, step in _nested(summary.root):
         table.add_row(
@@ -234,9 +242,9 @@ def _table(summary: Summary) -> Table:
             "shared" if step.shared else f"{step.parameters:,}" if step.parameters else "",
             _bytes(step.bytes) if step.parameters else "",
         )
-    for collection, (count, size) in summary.totals.items():
+    for collection, (n, width) in summary.totals.items():
         if collection != PARAMS:
-            table.add_row(Text(collection, style="dim"), "", "", f"{count:,}", _bytes(size))
+            table.add_row(Text(collection, style="dim"), "", "", f"{n:,}", _bytes(width))
     return table
 
 
