@@ -102,13 +102,7 @@ class Drawn:
         """The wires that end at a box, from left to right."""
         ends = [w for w in self.wires if w.is_straight and _within(w.end[0], box)]
         straight = [w for w in ends if w.end[1] == box.place.top]
-        middle = (box.place.left + box.place.right) / 2
-        radius = (box.place.right - box.place.left) / 2
-        turned = [
-            w
-            for w in self.wires
-            if w.turns_in and _near(w.end, (middle, (box.place.top + box.place.bottom) / 2), radius)
-        ]
+        turned = [w for w in self.wires if w.turns_in and _turns_into(w, box.place)]
         return sorted(straight, key=_first_x) + sorted(turned, key=_first_x)
 
     def outputs_of(self, box):
@@ -186,7 +180,7 @@ class Drawn:
         for wire, (text, place) in itertools.product(self.wires, solid):
             for (x0, y0), (x1, y1) in itertools.pairwise(wire.points):
                 part = Rect(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
-                if wire.turns_in and _near(wire.end, _centre(place), 12):
+                if wire.turns_in and _turns_into(wire, place):
                     continue
                 if _crosses(part, place):
                     yield f"a wire runs through {text!r}"
@@ -290,12 +284,12 @@ def _within(x, box):
     return box.place.left < x < box.place.right
 
 
-def _centre(place):
-    return (place.left + place.right) / 2, (place.top + place.bottom) / 2
-
-
-def _near(point, centre, radius):
-    return sum((a - b) ** 2 for a, b in zip(point, centre, strict=True)) <= (radius + 0.5) ** 2
+def _turns_into(wire, place):
+    """Whether a wire ends on the edge of a round box."""
+    width, height = place.right - place.left, place.bottom - place.top
+    across, down = wire.end[0] - (place.left + place.right) / 2, wire.end[1] - place.top
+    on_edge = abs((across**2 + (down - height / 2) ** 2) ** 0.5 - height / 2) < 0.5
+    return width == height and on_edge
 
 
 def _on(point, wire):

@@ -298,9 +298,8 @@ def test_what_a_step_raises_is_raised_with_its_note():
     p = cb.serial(nn.Dense(5), cb.residual(nn.Dense(3)))
     with pytest.raises(TypeError, match="incompatible shapes") as caught:
         cb.diagram(p, "f32[b, 8]")
-    assert caught.value.__notes__[0] == (
-        "flax_extra: in serial[1] -> residual -> add\n  signature: 2 -> 1\n  stack: f32[b, 3], f32[b, 5]"
-    )
+    note = caught.value.__notes__[0]
+    assert note.startswith("flax_extra: in serial[1] -> residual -> add\n  signature: 2 -> 1\n")
 
 
 def test_too_few_inputs():
