@@ -33,10 +33,18 @@ from flax_extra.combinator._picture import (
 from flax_extra.combinator._signature import Signature
 
 BETWEEN_WIRES, BETWEEN_BOXES, BESIDE_WIRE = 28, 18, 14
+"""Pixels from left to right; the last is between a wire and the side of what it enters."""
+
 BELOW_STEP, BELOW_STEP_WITH_LABELS, LABEL_DROP = 18, 30, 18
-NAME_HEIGHT = 28
-FRAME_HEAD, FRAME_FOOT = 26, 2
-DROP, LANE, CROSSING, SLOPE = 10, 12, 40, 35
+"""Pixels below a step to the next, and to the foot of a label."""
+
+NAME_HEIGHT, FRAME_HEAD, FRAME_FOOT = 28, 26, 2
+
+DROP, LANE, CROSSING = 10, 12, 40
+"""How far down wires that are moved get their places: see ``_Plan``."""
+
+SLOPE = 35
+"""How far wires that cross come down at least, in hundredths of how far aside they go."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,6 +101,7 @@ def test_the_wires_lead_where_the_expression_says(p, n_extra, has_labels):
     assert drawn == made
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(p=pipelines(max_leaves=10), n_extra=st.integers(0, 2), has_labels=st.booleans())
 def test_nothing_lies_on_anything_else(p, n_extra, has_labels):
     items = ["i32[b, t, 3]"] * (p.signature.n_in + n_extra)
@@ -108,7 +109,7 @@ def test_nothing_lies_on_anything_else(p, n_extra, has_labels):
     assert not list(picture.faults())
 
 
-@settings(max_examples=50)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(p=pipelines())
 def test_equal_expressions_have_one_picture(p):
     assert cb.diagram(p).svg == cb.diagram(p.clone()).svg
