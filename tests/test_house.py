@@ -36,6 +36,12 @@ ORDER = [
     "_record",
     "_shapes",
     "_summary",
+    "_columns",
+    "_captions",
+    "_picture",
+    "_draft",
+    "_wiring",
+    "_diagram",
     "__init__",
 ]
 PACKAGES = ["combinator", "layer", "testing"]

@@ -29,6 +29,7 @@ from flax_extra.combinator._derived import (
     keep,
     residual,
 )
+from flax_extra.combinator._diagram import Diagram, diagram
 from flax_extra.combinator._errors import ShapeError, SharingError, SignatureError
 from flax_extra.combinator._flow import Parallel, Serial, parallel, serial
 from flax_extra.combinator._inference import infer_signature
@@ -102,6 +103,8 @@ __all__ = [
     "ShapeSignature",
     "summary",
     "Summary",
+    "diagram",
+    "Diagram",
     "Step",
     # what they build
     "Combinator",

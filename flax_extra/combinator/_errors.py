@@ -70,6 +70,13 @@ REMEDY_FN = "cb.fn(f, n_in=..., n_out=..., key=value)"
 # Building: what cannot be a child, and signatures that cannot be inferred.
 
 
+def not_svg(path: str) -> ValueError:
+    return ValueError(
+        f"A diagram is saved as SVG, to a file whose name ends in .svg; got {path!r}. "
+        "Name it so, and convert it with another program."
+    )
+
+
 def not_callable(value: str, kind: str) -> TypeError:
     return TypeError(
         f"A pipeline is made of callables and (nested) iterables of callables; got {value} "
