@@ -1,0 +1,275 @@
+"""Inputs that a callable's declaration allows: sizes are drawn, and arrays of those sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from flax_extra import combinator as cb
+from flax_extra.combinator._inference import name_of
+from flax_extra.combinator._stack import regroup
+from flax_extra.testing import _errors
+from flax_extra.testing._annotations import (
+    AnyNumberOf,
+    ArrayOf,
+    Declaration,
+    Declared,
+    Fixed,
+    Group,
+    Number,
+    OneOf,
+    declaration_of,
+    drawable,
+)
+from flax_extra.testing._axes import Size, Sizes, shape_of
+
+SizeOf: TypeAlias = int | st.SearchStrategy[int]
+Dtypes: TypeAlias = str | Sequence[str]
+
+SHAPE = (2, 3, 4)
+"""The shape of items of which nothing is known: batch, time, features."""
+
+MOST_AXES = 2
+"""How many axes a variadic one stands for at most."""
+
+USUAL = ("float32", "int32", "bool", "complex64")
+"""The dtypes that are drawn where an annotation allows several, the first of these it allows."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of a call, arrays as their shapes, and the sizes that they have."""
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    sizes: Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user says of the calls to draw."""
+
+    sizes: Mapping[str, SizeOf]
+    dtypes: Mapping[str, Dtypes]
+    max_size: int
+
+    def check(self, declaration: Declaration) -> None:
+        """Refuses names that the declaration does not have, and sizes that are none."""
+        axes = declaration.axes
+        for what, names, known in (
+            ("the size", self.sizes.keys(), axes),
+            ("the dtype", self.dtypes.keys(), {p.name for p in declaration.parameters}),
+        ):
+            unknown = set(names) - known
+            if unknown:
+                raise _errors.unknown_names(declaration.name, what, unknown, known)
+        for name, size in self.sizes.items():
+            is_size = isinstance(size, int) and not isinstance(size, bool)
+            if not is_size and not isinstance(size, st.SearchStrategy):
+                raise _errors.not_a_size(declaration.name, name, repr(size))
+
+
+@st.composite
+def calls(draw: st.DrawFn, declaration: Declaration, options: Options) -> Call:
+    """A call that the declaration allows."""
+    drawn = _Drawn(draw, options, dict(declaration.known), declaration.scope)
+    arguments: list[Any] = []
+    keywords: dict[str, Any] = {}
+    for parameter in declaration.parameters:
+        if parameter.optional and not draw(st.booleans()):
+            continue
+        value = drawn.value(parameter.declared, declaration.name, parameter.name)
+        if parameter.by_keyword:
+            keywords[parameter.name] = value
+        else:
+            arguments.append(value)
+    return Call(tuple(arguments), keywords, drawn.sizes)
+
+
+class _Drawn:
+    """Draws the values of one call: a name keeps the size that it was drawn with."""
+
+    def __init__(
+        self, draw: st.DrawFn, options: Options, sizes: Sizes, scope: Mapping[str, Any]
+    ) -> None:
+        self.draw = draw
+        self.options = options
+        self.sizes = sizes
+        self.scope = scope
+
+    def value(self, declared: Declared, f: str, name: str) -> Any:
+        if isinstance(declared, Fixed):
+            return declared.value
+        if isinstance(declared, ArrayOf):
+            dtype = self._dtype(declared, f, name)
+            shape = shape_of(declared.axes, self._size, self._is_one, self.scope)
+            return _shape(shape, dtype)
+        if isinstance(declared, Number):
+            return shape_of((declared.axis,), self._size, self._is_one, self.scope)[0]
+        if isinstance(declared, OneOf):
+            chosen = self.draw(st.sampled_from(_simplest_first(declared)))
+            return self.value(chosen, f, name)
+        if isinstance(declared, Group):
+            return declared.kind(self.value(part, f, name) for part in declared.parts)
+        if isinstance(declared, AnyNumberOf):
+            n = self.draw(st.integers(0, 3))
+            return declared.kind(self.value(declared.part, f, name) for _ in range(n))
+        raise _errors.no_shape(f, name, declared.text)  # drawable() has refused it before
+
+    def _size(self, name: str) -> Size:
+        if name in self.sizes:
+            return self.sizes[name]
+        size = st.integers(1, self.options.max_size)
+        drawn: Size
+        if name.startswith("*"):
+            drawn = tuple(self.draw(st.lists(size, max_size=MOST_AXES)))
+        else:
+            given = self.options.sizes.get(name, size)
+            drawn = given if isinstance(given, int) else self.draw(given)
+        if name not in ("_", "*_"):
+            self.sizes[name] = drawn
+        return drawn
+
+    def _is_one(self) -> bool:
+        return self.draw(st.booleans())
+
+    def _dtype(self, declared: ArrayOf, f: str, name: str) -> np.dtype[Any]:
+        asked = self.options.dtypes.get(name)
+        if asked is not None:
+            several = [asked] if isinstance(asked, str) else list(asked)
+            return jnp.dtype(
+                several[0] if len(several) == 1 else self.draw(st.sampled_from(several))
+            )
+        allowed = [d for d in USUAL if declared.dtypes is None or d in declared.dtypes]
+        found = allowed or [d for d in declared.dtypes or () if _is_dtype(d)]
+        if not found:
+            raise _errors.no_strategy_for(f, name, declared.dtypes or ())
+        return jnp.dtype(found[0])
+
+
+def _simplest_first(declared: OneOf) -> list[Declared]:
+    """The alternatives, absent before present, for hypothesis shrinks towards the first."""
+    return sorted(declared.alternatives, key=lambda part: not isinstance(part, Fixed))
+
+
+def _is_dtype(name: str) -> bool:
+    try:
+        return jnp.dtype(name).kind in "fiubcV"
+    except TypeError:
+        return False
+
+
+def arrays_like(values: Any) -> st.SearchStrategy[Any]:
+    """Arrays in the place of shapes; what is no shape stays as it is."""
+    leaves, tree = jax.tree.flatten(values)
+    drawn = [_array(leaf) if _is_shape(leaf) else st.just(leaf) for leaf in leaves]
+    return st.tuples(*drawn).map(lambda arrays: jax.tree.unflatten(tree, arrays))
+
+
+def _shape(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    like: jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+    return like
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _array(like: jax.ShapeDtypeStruct) -> st.SearchStrategy[np.ndarray[Any, Any]]:
+    kind = like.dtype.kind
+    if kind == "b":
+        elements: st.SearchStrategy[Any] = st.booleans()
+    elif kind in "iu":
+        elements = st.integers(0, 3)  # few enough to be tokens of any vocabulary
+    else:
+        elements = st.integers(-8, 8).map(lambda eighths: eighths / 4)
+    filled = hnp.arrays(
+        np.dtype(bool) if kind == "b" else np.float64, like.shape, elements=elements
+    )
+    return filled.map(lambda array: array.astype(like.dtype))
+
+
+def inputs_for(
+    f: Callable[..., Any],
+    *,
+    specs: Sequence[Any] | None = None,
+    annotations: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, SizeOf] | None = None,
+    dtypes: Mapping[str, Dtypes] | None = None,
+    max_size: int = 5,
+    shape: tuple[int, ...] = SHAPE,
+) -> st.SearchStrategy[tuple[Any, ...]]:
+    """Inputs that a callable can be called with.
+
+    They are as the specs say, where those are given. Where each required parameter of ``f`` has a
+    jaxtyping annotation, they are as those say, with a size drawn for each axis name. Otherwise
+    they are floating point arrays, as many as its signature says, all of one shape.
+
+    Args:
+        f: a function, a linen module, a combinator or any other callable.
+        specs: for each item that ``f`` takes an array or ``jax.ShapeDtypeStruct`` to resemble, or
+            None for an absent one.
+        annotations: annotations by parameter, in place of those that ``f`` has.
+        sizes: for names of axes a size, or a strategy of sizes.
+        dtypes: for names of parameters a dtype, or several to draw from, where the annotation
+            leaves it open.
+        max_size: the largest size that is drawn for an axis of which nothing is said.
+        shape: the shape of items of which nothing is known.
+
+    Returns:
+        A strategy of tuples: the positional arguments of a call.
+
+    Raises:
+        InvalidArgument: where a name is not among the annotations, a size is none, or specs are
+            not one for each item.
+
+    Example:
+        >>> from flax_extra import combinator as cb, layer as xn, testing
+        >>> from hypothesis import given
+        >>> @given(testing.inputs_for(xn.cross_attention_mask))
+        ... def test_is_an_outer_product(masks):
+        ...     mask_q, mask_kv = masks
+        ...     mask = xn.cross_attention_mask(mask_q, mask_kv)
+        ...     assert mask.shape == (*mask_q.shape, mask_kv.shape[1])
+        >>> test_is_an_outer_product()
+    """
+    if specs is not None:
+        return _inputs_like(f, specs)
+    if isinstance(f, cb.Fn) or not isinstance(f, cb.Combinator):
+        declaration = _positional(declaration_of(f, annotations))
+        options = Options(sizes or {}, dtypes or {}, max_size)
+        if annotations or sizes or dtypes or _says_inputs(declaration):
+            options.check(declaration)
+            drawn = calls(declaration.drawable(), options)
+            return drawn.flatmap(lambda call: arrays_like(call.arguments))
+    signature = cb.infer_signature(f)
+    return _grouped([_shape(shape, jnp.float32)] * signature.n_in, signature)
+
+
+def _positional(declaration: Declaration) -> Declaration:
+    required = tuple(p for p in declaration.parameters if not p.optional)
+    return dataclasses.replace(declaration, parameters=required)
+
+
+def _says_inputs(declaration: Declaration) -> bool:
+    parameters = declaration.parameters
+    return bool(parameters) and all(drawable(p.declared) is not None for p in parameters)
+
+
+def _inputs_like(f: Callable[..., Any], specs: Sequence[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+    signature = cb.infer_signature(f)
+    if len(specs) != signature.n_in:
+        raise _errors.wrong_number_of_specs(name_of(f), len(specs), str(signature))
+    return _grouped(list(specs), signature)
+
+
+def _grouped(specs: Sequence[Any], signature: cb.Signature) -> st.SearchStrategy[tuple[Any, ...]]:
+    like = [_shape(s.shape, s.dtype) if hasattr(s, "shape") else s for s in specs]
+    return arrays_like(tuple(like)).map(lambda items: regroup(items, signature.in_shape))
