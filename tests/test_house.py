@@ -32,6 +32,10 @@ ORDER = [
     "_merge",
     "_derived",
     "_lift",
+    "_specs",
+    "_record",
+    "_shapes",
+    "_summary",
     "__init__",
 ]
 PACKAGES = ["combinator", "layer", "testing"]

@@ -2,6 +2,7 @@
 
     ValueError
     ├── SignatureError    the arity of a callable, or the stack it meets, is wrong
+    ├── ShapeError        a shape is not what was declared, or cannot be known for every size
     └── SharingError      one layer instance would need two sets of parameters
 
 What is not a callable, or a keyword nobody takes, is a plain ``TypeError``.
@@ -29,6 +30,22 @@ top of the stack, which is index 0; got -1. Use a non-negative index.
     """
 
 
+class ShapeError(ValueError):
+    """A shape is not what was declared, or cannot be known for every size at once.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> from flax_extra import combinator as cb
+        >>> cb.typed(nn.Dense(3), "f32[b, 8] -> f32[b, 4]")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        flax_extra.combinator.ShapeError: Declared and computed shapes differ.
+          declared: f32[b, 8] -> f32[b, 4]
+          computed: f32[b, 8] -> f32[b, 3]
+        ...
+    """
+
+
 class SharingError(ValueError):
     """One layer instance is used where it would need two sets of parameters.
 
@@ -43,7 +60,7 @@ class SharingError(ValueError):
     """
 
 
-for _exception in (SignatureError, SharingError):
+for _exception in (SignatureError, ShapeError, SharingError):
     _exception.__module__ = "flax_extra.combinator"  # where people find them
 
 NOTE_PREFIX = "flax_extra: in "
@@ -331,12 +348,85 @@ def raised_in(path: Sequence[str], signature: str, stack: str) -> str:
     return f"{NOTE_PREFIX}{_path(path)}\n  signature: {signature}\n  stack: {stack}"
 
 
+# Shapes.
+
+
+def bad_spec(text: str) -> ValueError:
+    return ValueError(
+        f"{text!r} is not a spec. Write an array as jaxprs print it, such as 'f32[b, t, 64]' or "
+        f"'bool[]', and None for an absent item; or pass an array or a jax.ShapeDtypeStruct."
+    )
+
+
+def bad_declaration(text: str) -> ValueError:
+    return ValueError(
+        f"{text!r} declares no shapes. Write inputs, one arrow and outputs, such as "
+        f"'i32[b, t] -> f32[b, t, 64]'."
+    )
+
+
+def unknown_dtype(text: str, dtype: str, known: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"{text!r} is not a spec: {dtype!r} is no type of numbers. Jaxprs name these: "
+        f"{', '.join(sorted(known))}."
+    )
+
+
+def bad_dimensions(text: str, why: str) -> ValueError:
+    return ValueError(
+        f"{text!r} is not a spec: {why}. A dimension is a number, a name, or an expression of "
+        f"these, such as '8*t + 1'."
+    )
+
+
+def too_precise(text: str, narrow: str) -> ValueError:
+    return ValueError(
+        f"{text} has more bits than JAX keeps by default. Ask for {narrow.removesuffix('[]')}, or "
+        f"enable jax_enable_x64."
+    )
+
+
+def symbolic_parameter(parameter: str, shape: str, names: Sequence[str]) -> ShapeError:
+    return ShapeError(
+        f"Parameter {parameter} would be {shape}, so that {_listing(names)} sizes it, and the "
+        f"parameters of a model have one size. Make {'it' if len(names) == 1 else 'each'} a "
+        f"number in the spec."
+    )
+
+
+def undecidable(operation: str, where: str, names: Sequence[str]) -> ShapeError:
+    found = f"\n{where}" if where else ""
+    return ShapeError(
+        f"An operation cannot be decided for every size at once: {operation}{found}\n"
+        f"  Make {_choice(names)} a number in the spec."
+    )
+
+
+def other_shapes(declared: str, computed: str, step: str) -> ShapeError:
+    parted = f"\n  They part at {step}" if step else ""
+    return ShapeError(
+        f"Declared and computed shapes differ.\n"
+        f"  declared: {declared}\n"
+        f"  computed: {computed}{parted}\n"
+        f"  Correct the declaration, or the step."
+    )
+
+
+def parted_at(path: Sequence[str], before: str, after: str) -> str:
+    return f"{_path(path)}: {before} -> {after}"
+
+
 def _path(path: Sequence[str]) -> str:
     return " -> ".join(path)
 
 
 def _listing(names: Iterable[str]) -> str:
     return ", ".join(sorted(map(repr, names))) or "none"
+
+
+def _choice(names: Sequence[str]) -> str:
+    quoted = list(map(repr, names))
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
 def _count(n: int, one: str, many: str | None = None) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import jax
+import jax.export
 
 from flax_extra.combinator._signature import Nesting
 
@@ -114,6 +115,8 @@ def describe_item(item: Any) -> str:
     """
     if hasattr(item, "shape") and hasattr(item, "dtype"):
         return f"{_short_dtype(item.dtype)}[{', '.join(map(str, item.shape))}]"
+    if jax.export.is_symbolic_dim(item):
+        return str(item)
     if item is None or isinstance(item, bool | int | float | complex | str):
         return _shorten(repr(item))
     kind = type(item).__name__

@@ -76,6 +76,10 @@ def attend(
 
     Source: Vaswani et al. (2017), equation 1.
 
+    Shapes:
+        ``xn.attend``: ``f32[b, q, h, 32], f32[b, k, h, 32], f32[b, k, h, 16] -> f32[b, q,
+        16*h]``
+
     Example:
         >>> import jax.numpy as jnp
         >>> from flax_extra import layer as xn
@@ -112,6 +116,9 @@ def cross_attention_mask(
 
     Raises:
         ValueError: where a mask has other axes, or the batches differ.
+
+    Shapes:
+        ``xn.cross_attention_mask``: ``bool[b, q], bool[b, k] -> bool[b, q, k]``
 
     Example:
         >>> import jax.numpy as jnp
@@ -233,6 +240,10 @@ class Attention(nn.Module):
             [0, 1).
 
     Source: Vaswani et al. (2017), section 3.2.2.
+
+    Shapes:
+        ``xn.Attention(n_heads=4)``: ``f32[b, q, 64], f32[b, k, 32], bool[b, q, k] -> f32[b, q,
+        64]``
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -360,6 +371,10 @@ class KVQAttention(Attention):
 
     Source: Jaegle et al., "Perceiver IO" (2021), appendix E, whose cross-attention is of this form.
 
+    Shapes:
+        ``xn.KVQAttention(n_heads=4)``: ``f32[b, q, 64], f32[b, k, 32], bool[b, q, k] -> f32[b,
+        q, 64]``
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax_extra import layer as xn
@@ -389,6 +404,9 @@ class SelfAttention(Attention):
             [0, 1).
 
     Source: Vaswani et al. (2017), section 3.2.3.
+
+    Shapes:
+        ``xn.SelfAttention(n_heads=4)``: ``f32[b, t, 64], bool[b, t, t] -> f32[b, t, 64]``
 
     Example:
         >>> import jax, jax.numpy as jnp
