@@ -203,6 +203,8 @@ def _parameters(
         declared = read(given.get(name, parameter.annotation), scope, name)
         if required or name in given or any(map(_is_array, _parts(declared))):
             optional = not required
+            if optional and parameter.default is None:
+                declared = _present(declared)
             yield Parameter(name, declared, by_keyword or optional, optional)
 
 
@@ -281,6 +283,14 @@ def _parts(declared: Declared) -> Iterator[Declared]:
         yield from _parts(part)
 
 
+def _present(declared: Declared) -> Declared:
+    """A declaration without the ``None`` among its alternatives, where there are others."""
+    if not isinstance(declared, OneOf):
+        return declared
+    present = tuple(p for p in declared.alternatives if not isinstance(p, Fixed))
+    return dataclasses.replace(declared, alternatives=present or declared.alternatives)
+
+
 def _is_array(declared: Declared) -> bool:
     return isinstance(declared, ArrayOf)
 
@@ -334,10 +344,14 @@ def holds(declared: Declared, value: Any, sizes: Sizes, scope: Mapping[str, Any]
     if isinstance(declared, OneOf):
         return any(_holds_alternative(part, value, sizes, scope) for part in declared.alternatives)
     if isinstance(declared, Group):
-        same = type(value) is declared.kind and len(value) == len(declared.parts)
-        return same and all(
-            holds(part, item, sizes, scope)
-            for part, item in zip(declared.parts, value, strict=True)
+        items = list(value) if type(value) is declared.kind else None
+        return (
+            items is not None
+            and len(items) == len(declared.parts)
+            and all(
+                holds(part, item, sizes, scope)
+                for part, item in zip(declared.parts, items, strict=True)
+            )
         )
     if isinstance(declared, AnyNumberOf):
         return isinstance(value, list | tuple) and all(

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
+from hypothesis.errors import InvalidArgument
 from hypothesis.extra import numpy as hnp
 
 from flax_extra import combinator as cb
 from flax_extra.combinator._inference import name_of
+from flax_extra.combinator._specs import abstract, names_in, with_sizes
 from flax_extra.combinator._stack import regroup
 from flax_extra.testing import _errors
 from flax_extra.testing._annotations import (
@@ -62,18 +64,27 @@ class Options:
 
     def check(self, declaration: Declaration) -> None:
         """Refuses names that the declaration does not have, and sizes that are none."""
-        axes = declaration.axes
+        parameters = frozenset(parameter.name for parameter in declaration.parameters)
+        self.check_names(declaration.name, declaration.axes, parameters)
+
+    def check_names(self, f: str, axes: frozenset[str], parameters: frozenset[str]) -> None:
+        """Refuses names that are of no axis or parameter, and sizes that are none."""
         for what, names, known in (
             ("the size", self.sizes.keys(), axes),
-            ("the dtype", self.dtypes.keys(), {p.name for p in declaration.parameters}),
+            ("the dtype", self.dtypes.keys(), parameters),
         ):
             unknown = set(names) - known
             if unknown:
-                raise _errors.unknown_names(declaration.name, what, unknown, known)
+                raise _errors.unknown_names(f, what, unknown, known)
         for name, size in self.sizes.items():
             is_size = isinstance(size, int) and not isinstance(size, bool)
             if not is_size and not isinstance(size, st.SearchStrategy):
-                raise _errors.not_a_size(declaration.name, name, repr(size))
+                raise _errors.not_a_size(f, name, repr(size))
+
+    def size_of(self, name: str) -> st.SearchStrategy[int]:
+        """The sizes of an axis."""
+        given = self.sizes.get(name, st.integers(1, self.max_size))
+        return given if isinstance(given, st.SearchStrategy) else st.just(given)
 
 
 @st.composite
@@ -126,13 +137,12 @@ class _Drawn:
     def _size(self, name: str) -> Size:
         if name in self.sizes:
             return self.sizes[name]
-        size = st.integers(1, self.options.max_size)
+        size = self.options.size_of(name)
         drawn: Size
         if name.startswith("*"):
             drawn = tuple(self.draw(st.lists(size, max_size=MOST_AXES)))
         else:
-            given = self.options.sizes.get(name, size)
-            drawn = given if isinstance(given, int) else self.draw(given)
+            drawn = self.draw(size)
         if name not in ("_", "*_"):
             self.sizes[name] = drawn
         return drawn
@@ -208,14 +218,15 @@ def inputs_for(
 ) -> st.SearchStrategy[tuple[Any, ...]]:
     """Inputs that a callable can be called with.
 
-    They are as the specs say, where those are given. Where each required parameter of ``f`` has a
-    jaxtyping annotation, they are as those say, with a size drawn for each axis name. Otherwise
-    they are floating point arrays, as many as its signature says, all of one shape.
+    They are as the specs say, where those are given or ``f`` is a ``cb.typed``.
+    Where each required parameter of ``f`` has a jaxtyping annotation, they are as those say. A size
+    is drawn for each name of an axis. Otherwise they are floating point arrays, as many as its
+    signature says, all of one shape.
 
     Args:
         f: a function, a linen module, a combinator or any other callable.
-        specs: for each item that ``f`` takes an array or ``jax.ShapeDtypeStruct`` to resemble, or
-            None for an absent one.
+        specs: for each item that ``f`` takes a spec such as ``"f32[b, t, 64]"``, an array or
+            ``jax.ShapeDtypeStruct`` to resemble, or None for an absent one.
         annotations: annotations by parameter, in place of those that ``f`` has.
         sizes: for names of axes a size, or a strategy of sizes.
         dtypes: for names of parameters a dtype, or several to draw from, where the annotation
@@ -240,11 +251,13 @@ def inputs_for(
         ...     assert mask.shape == (*mask_q.shape, mask_kv.shape[1])
         >>> test_is_an_outer_product()
     """
+    options = Options(sizes or {}, dtypes or {}, max_size)
+    if specs is None and isinstance(f, cb.Typed):
+        specs = cb.ShapeSignature.parse(f.declared).inputs
     if specs is not None:
-        return _inputs_like(f, specs)
+        return _inputs_like(f, specs, options)
     if isinstance(f, cb.Fn) or not isinstance(f, cb.Combinator):
         declaration = _positional(declaration_of(f, annotations))
-        options = Options(sizes or {}, dtypes or {}, max_size)
         if annotations or sizes or dtypes or _says_inputs(declaration):
             options.check(declaration)
             drawn = calls(declaration.drawable(), options)
@@ -263,13 +276,25 @@ def _says_inputs(declaration: Declaration) -> bool:
     return bool(parameters) and all(drawable(p.declared) is not None for p in parameters)
 
 
-def _inputs_like(f: Callable[..., Any], specs: Sequence[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+def _inputs_like(
+    f: Callable[..., Any], specs: Sequence[Any], options: Options
+) -> st.SearchStrategy[tuple[Any, ...]]:
     signature = cb.infer_signature(f)
-    if len(specs) != signature.n_in:
-        raise _errors.wrong_number_of_specs(name_of(f), len(specs), str(signature))
-    return _grouped(list(specs), signature)
+    try:
+        items = abstract(specs)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+    if len(items) != signature.n_in:
+        raise _errors.wrong_number_of_specs(name_of(f), len(items), str(signature))
+    names = names_in(items)
+    options.check_names(name_of(f), frozenset(names), frozenset())
+    sizes = st.fixed_dictionaries({name: options.size_of(name) for name in names})
+
+    def sized(sizes: Mapping[str, int]) -> st.SearchStrategy[tuple[Any, ...]]:
+        return _grouped(with_sizes(items, sizes), signature)
+
+    return sizes.flatmap(sized)
 
 
-def _grouped(specs: Sequence[Any], signature: cb.Signature) -> st.SearchStrategy[tuple[Any, ...]]:
-    like = [_shape(s.shape, s.dtype) if hasattr(s, "shape") else s for s in specs]
-    return arrays_like(tuple(like)).map(lambda items: regroup(items, signature.in_shape))
+def _grouped(items: Sequence[Any], signature: cb.Signature) -> st.SearchStrategy[tuple[Any, ...]]:
+    return arrays_like(tuple(items)).map(lambda arrays: regroup(arrays, signature.in_shape))

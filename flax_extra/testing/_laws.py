@@ -229,9 +229,8 @@ def assert_same_meaning(
 
 
 def _equal(a: Any, b: Any) -> bool:
-    leaves, tree = jax.tree.flatten(a)
-    others, other_tree = jax.tree.flatten(b)
-    return bool(tree == other_tree) and all(map(_same, leaves, others))
+    same_tree: bool = jax.tree.structure(a) == jax.tree.structure(b)
+    return same_tree and all(map(_same, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def _same(a: Any, b: Any) -> bool:
