@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -131,7 +131,7 @@ class Declaration:
         return frozenset(name for declared in every for name in names_of(declared))
 
     def drawable(self) -> Declaration:
-        """The same, each parameter with what inputs can be drawn from.
+        """The same, each parameter with what inputs can be drawn from; optional ones as can be.
 
         Raises:
             InvalidArgument: where nothing says what to pass for a parameter.
@@ -139,6 +139,8 @@ class Declaration:
         parameters = []
         for parameter in self.parameters:
             declared = drawable(parameter.declared)
+            if declared is None and parameter.optional:
+                continue
             if declared is None:
                 raise _errors.no_shape(self.name, parameter.name, parameter.declared.text)
             parameters.append(dataclasses.replace(parameter, declared=declared))
@@ -343,21 +345,22 @@ def holds(declared: Declared, value: Any, sizes: Sizes, scope: Mapping[str, Any]
         return isinstance(value, int) and fit((declared.axis,), (value,), sizes, scope)
     if isinstance(declared, OneOf):
         return any(_holds_alternative(part, value, sizes, scope) for part in declared.alternatives)
-    if isinstance(declared, Group):
-        items = list(value) if type(value) is declared.kind else None
-        return (
-            items is not None
-            and len(items) == len(declared.parts)
-            and all(
-                holds(part, item, sizes, scope)
-                for part, item in zip(declared.parts, items, strict=True)
-            )
-        )
-    if isinstance(declared, AnyNumberOf):
-        return isinstance(value, list | tuple) and all(
-            holds(declared.part, item, sizes, scope) for item in value
-        )
+    if isinstance(declared, Group | AnyNumberOf):
+        return _holds_group(declared, value, sizes, scope)
     return isinstance(declared, Unknown) or _equal(declared.value, value)
+
+
+def _holds_group(
+    declared: Group | AnyNumberOf, value: Any, sizes: Sizes, scope: Mapping[str, Any]
+) -> bool:
+    if not isinstance(value, declared.kind):
+        return False
+    items: Sequence[Any] = value  # type: ignore[assignment]  # isinstance narrows it to object
+    if isinstance(declared, AnyNumberOf):
+        return all(holds(declared.part, item, sizes, scope) for item in items)
+    return len(items) == len(declared.parts) and all(
+        holds(part, item, sizes, scope) for part, item in zip(declared.parts, items, strict=True)
+    )
 
 
 def _equal(expected: Any, found: Any) -> bool:

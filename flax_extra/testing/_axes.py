@@ -127,8 +127,8 @@ def fit(
         return False
     end = len(shape) - after
     return (
-        _fit_variadic(axes[before], tuple(shape[before:end]), sizes)
-        and _fit_each(axes[:before], shape[:before], sizes, scope or {})
+        _fit_each(axes[:before], shape[:before], sizes, scope or {})
+        and _fit_variadic(axes[before], tuple(shape[before:end]), sizes)
         and _fit_each(axes[before + 1 :], shape[end:], sizes, scope or {})
     )
 

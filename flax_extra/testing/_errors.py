@@ -159,10 +159,9 @@ def different_parameters(f: str, g: str, a: str, b: str) -> AssertionError:
     )
 
 
-def different_programs(f: str, g: str, line: int, a: str, b: str) -> AssertionError:
+def different_programs(f: str, g: str, index: int, a: str, b: str) -> AssertionError:
     return AssertionError(
-        f"{f} and {g} are two programs, which part at line {line} of their jaxprs.\n"
-        f"  {f}: {a}\n  {g}: {b}"
+        f"{f} and {g} are two programs, which part at equation {index}.\n  {f}: {a}\n  {g}: {b}"
     )
 
 

@@ -243,8 +243,9 @@ def inputs_for(
 
     Example:
         >>> from flax_extra import combinator as cb, layer as xn, testing
-        >>> from hypothesis import given
-        >>> @given(testing.inputs_for(xn.cross_attention_mask))
+        >>> from hypothesis import given, settings
+        >>> @settings(deadline=None)
+        ... @given(testing.inputs_for(xn.cross_attention_mask))
         ... def test_is_an_outer_product(masks):
         ...     mask_q, mask_kv = masks
         ...     mask = xn.cross_attention_mask(mask_q, mask_kv)

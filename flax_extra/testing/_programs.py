@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from flax_extra.combinator._inference import name_of
 from flax_extra.combinator._stack import describe_item
 from flax_extra.testing import _errors
 
-_NAMES = re.compile(r"name=\S+| at 0x[0-9a-f]+")
-"""The names of traced functions, and where they lie in memory: no part of what is computed."""
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Where a function lies in memory: no part of what is computed, nor is the ``name`` it has."""
 
 
 def assert_same_program(
@@ -55,18 +55,17 @@ def assert_same_program(
         >>> testing.assert_same_program(cb.residual(jnp.sin), g, jnp.ones(3))
         Traceback (most recent call last):
             ...
-        AssertionError: residual and <lambda> are two programs, which part at line 1 of their \
-jaxprs.
-          residual: b:f32[3] = sin[accuracy=None] a
-          <lambda>: b:f32[3] = tanh[accuracy=None] a
+        AssertionError: residual and <lambda> are two programs, which part at equation 1.
+          residual: v1:f32[3] = sin[accuracy=None] v0
+          <lambda>: v1:f32[3] = tanh[accuracy=None] v0
     """
     ours, ours_made = _program(f, inputs, rngs, context)
     theirs, theirs_made = _program(g, inputs, rngs, context)
     names = name_of(f), name_of(g)
     if ours_made != theirs_made:
         raise _errors.different_parameters(*names, _described(ours_made), _described(theirs_made))
-    pairs = itertools.zip_longest(_lines(ours), _lines(theirs), fillvalue="nothing more")
-    for index, (a, b) in enumerate(pairs):
+    texts = _equations(ours.jaxpr, _Names()), _equations(theirs.jaxpr, _Names())
+    for index, (a, b) in enumerate(itertools.zip_longest(*texts, fillvalue="nothing more")):
         if a != b:
             raise _errors.different_programs(*names, index, a, b)
     for index, (c, d) in enumerate(zip(ours.consts, theirs.consts, strict=True)):
@@ -93,9 +92,50 @@ def _program(
     return jax.make_jaxpr(apply)(made, streams, *inputs), made or None
 
 
-def _lines(jaxpr: ClosedJaxpr) -> list[str]:
-    """The jaxpr as text; variables in it are named in order already."""
-    return [_NAMES.sub("", line).strip() for line in str(jaxpr).splitlines()]
+class _Names(dict[Any, str]):
+    """The variables of a jaxpr, named in the order in which they are met."""
+
+    def __missing__(self, variable: Any) -> str:
+        self[variable] = f"v{len(self)}"
+        return self[variable]
+
+    def typed(self, variables: Sequence[Any]) -> str:
+        """Variables where they are bound."""
+        return " ".join(f"{self[v]}:{v.aval.str_short(short_dtypes=True)}" for v in variables)
+
+    def used(self, atoms: Sequence[Any]) -> str:
+        """Variables and literals where they are read."""
+        return " ".join(str(a) if isinstance(a, Literal) else self[a] for a in atoms)
+
+
+def _equations(jaxpr: Jaxpr, names: _Names) -> Iterator[str]:
+    """Each equation as text, those of inner jaxprs after the one that holds them."""
+    yield f"takes {names.typed([*jaxpr.constvars, *jaxpr.invars])}"
+    for equation in jaxpr.eqns:
+        inner: list[Jaxpr] = []
+        parameters = [
+            f"{name}={_ADDRESS.sub('', str(_without_jaxprs(value, inner)))}"
+            for name, value in equation.params.items()
+            if name != "name"
+        ]
+        settings = f"[{' '.join(parameters)}]" if parameters else ""
+        read = names.used(equation.invars)
+        yield f"{names.typed(equation.outvars)} = {equation.primitive}{settings} {read}"
+        for body in inner:
+            yield from _equations(body, names)
+    yield f"gives {names.used(jaxpr.outvars)}"
+
+
+def _without_jaxprs(value: Any, found: list[Jaxpr]) -> Any:
+    """A parameter with a mark in the place of each jaxpr, which is put with those found."""
+    if isinstance(value, ClosedJaxpr):
+        value = value.jaxpr
+    if isinstance(value, Jaxpr):
+        found.append(value)
+        return "{...}"
+    if isinstance(value, tuple | list):
+        return [_without_jaxprs(part, found) for part in value]
+    return value
 
 
 def _described(variables: Any) -> str:

@@ -56,8 +56,9 @@ def signatures(
 
     Example:
         >>> from flax_extra import combinator as cb, testing
-        >>> from hypothesis import given
-        >>> @given(testing.signatures(max_n_in=2))
+        >>> from hypothesis import given, settings
+        >>> @settings(deadline=None)
+        ... @given(testing.signatures(max_n_in=2))
         ... def test_what_is_declared_is_inferred(signature):
         ...     assert cb.infer_signature(cb.fn(max, signature.n_in, 1)).n_in == signature.n_in
         >>> test_what_is_declared_is_inferred()
@@ -136,8 +137,9 @@ def functions(
     Example:
         >>> import jax.numpy as jnp
         >>> from flax_extra import combinator as cb, testing
-        >>> from hypothesis import given
-        >>> @given(testing.functions(cb.Signature(1, 1)), testing.functions(cb.Signature(1, 1)))
+        >>> from hypothesis import given, settings
+        >>> @settings(deadline=None)
+        ... @given(testing.functions(cb.Signature(1, 1)), testing.functions(cb.Signature(1, 1)))
         ... def test_residual_adds(f, shortcut):
         ...     x = jnp.linspace(0, 1, 3)
         ...     assert (cb.residual(f, shortcut=shortcut)(x) == f(x) + shortcut(x)).all()
