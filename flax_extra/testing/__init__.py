@@ -18,11 +18,20 @@ except ImportError as error:
     ) from error
 
 from flax_extra.testing._inputs import inputs_for
-from flax_extra.testing._laws import assert_same_meaning, check_laws
+from flax_extra.testing._laws import LAWS, Law, assert_same_meaning, check_laws
 from flax_extra.testing._programs import assert_same_program
 from flax_extra.testing._shapes import check_shapes
 from flax_extra.testing._signature import check_signature
-from flax_extra.testing._strategies import SHUFFLING, Function, functions, pipelines, signatures
+from flax_extra.testing._strategies import (
+    COMBINATORS,
+    SHUFFLING,
+    Function,
+    functions,
+    pipelines,
+    signatures,
+    with_n_in,
+    with_one_output,
+)
 
 del _hypothesis
 
@@ -33,12 +42,17 @@ __all__ = [
     "pipelines",
     "inputs_for",
     "Function",
+    "COMBINATORS",
     "SHUFFLING",
+    "with_n_in",
+    "with_one_output",
     # a layer against what it declares
     "check_signature",
     "check_shapes",
     # pipelines against each other
     "check_laws",
+    "Law",
+    "LAWS",
     "assert_same_meaning",
     "assert_same_program",
 ]

@@ -38,6 +38,14 @@ class Law:
         sides: from those, the pairs that must mean the same.
         meeting: where, on one stack that holds the inputs of all, each finds its own: makes of
             the pipelines some that can be put together as the law puts them.
+
+    Example:
+        >>> from flax_extra import combinator as cb, testing
+        >>> law = testing.LAWS[0]
+        >>> law.name, law.n
+        ('identity is neutral', 1)
+        >>> for left, right in law.sides(cb.serial(abs)):
+        ...     testing.assert_same_meaning(left, right, -1, law=law.name)
     """
 
     name: str

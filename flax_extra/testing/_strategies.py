@@ -238,10 +238,10 @@ def _built_in(key: str, shape: tuple[int, ...]) -> Parts:
 def _allowed(combinators: Iterable[str] | None, shape: tuple[int, ...]) -> frozenset[str]:
     fits_scan = len(shape) > TIME + 1
     if combinators is None:
-        return frozenset(ALL if fits_scan else ALL - {"scan"})
+        return frozenset(COMBINATORS if fits_scan else COMBINATORS - {"scan"})
     asked = frozenset(combinators)
-    if asked - ALL:
-        raise _errors.unknown_combinators("pipelines", asked - ALL, ALL)
+    if asked - COMBINATORS:
+        raise _errors.unknown_combinators("pipelines", asked - COMBINATORS, COMBINATORS)
     if "scan" in asked and not fits_scan:
         raise _errors.no_time_axis("pipelines", shape)
     return asked
@@ -441,7 +441,8 @@ GROWN: Mapping[str, Callable[[_Grammar], Parts]] = {
 }
 """What builds combinators of other parts, by the name of the combinator."""
 
-ALL = frozenset(LEAVES) | frozenset(GROWN)
+COMBINATORS = frozenset(LEAVES) | frozenset(GROWN)
+"""The combinators that pipelines are built with."""
 
 MOVING = frozenset({"identity", "dup", "drop", "swap", "select"})
 SHUFFLING = MOVING | {"serial", "parallel", "branch", "keep", "dip", "fn", "fold"}
@@ -457,7 +458,19 @@ def first_step(x: Array) -> Array:
 
 
 def with_one_output(f: Part) -> Part:
-    """The callable, changed to give one item: the top one, or an input where it gives none."""
+    """A callable, changed to give one item: the top one, or an input where it gives none.
+
+    Args:
+        f: any callable with a signature.
+
+    Returns:
+        ``f`` itself, or a pipeline of it.
+
+    Example:
+        >>> from flax_extra import combinator as cb, testing
+        >>> print(testing.with_one_output(cb.dup()), testing.with_one_output(abs))
+        serial(dup(), select((0,), n_in=2)) <built-in function abs>
+    """
     n_out = cb.infer_signature(f).n_out
     if n_out == 0:
         return cb.parallel(f, cb.identity())
@@ -465,7 +478,25 @@ def with_one_output(f: Part) -> Part:
 
 
 def with_n_in(f: Part, n_in: int) -> Part:
-    """The callable, changed to take ``n_in`` items, at least one."""
+    """A callable, changed to take so many items: some of them more than once, or some left as is.
+
+    Args:
+        f: any callable with a signature.
+        n_in: how many items, at least one.
+
+    Returns:
+        ``f`` itself, or a pipeline of it.
+
+    Raises:
+        InvalidArgument: where ``n_in`` is below 1.
+
+    Example:
+        >>> from flax_extra import combinator as cb, testing
+        >>> testing.with_n_in(cb.sub(3), 2)(10, 4), testing.with_n_in(cb.add(1), 2)(10, 4)
+        (-4, (10, 4))
+    """
+    if n_in < 1:
+        raise _errors.too_few("with_n_in", n_in)
     taken = cb.infer_signature(f).n_in
     if n_in > taken:
         return cb.parallel(f, cb.identity(n_in - taken))
