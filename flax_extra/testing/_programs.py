@@ -24,19 +24,21 @@ def assert_same_program(
     f: Callable[..., Any],
     g: Callable[..., Any],
     *inputs: Any,
+    variables: Any = None,
     rngs: Sequence[str] = (),
     **context: Any,
 ) -> None:
     """Asserts that two callables trace to the same jaxpr, up to the names in it.
 
-    Linen modules are compared by their ``apply``, and must have the same variables. Nothing is
-    computed.
+    Linen modules are compared by their ``apply``, on the same variables. Nothing is computed.
 
     Args:
         f: a function, a linen module or a combinator.
         g: another.
         inputs: the positional arguments of a call: arrays, or ``jax.ShapeDtypeStruct`` in their
             place.
+        variables: what the modules are applied to; by default what each of them makes, which must
+            agree.
         rngs: the names of the rng streams that a call needs, other than ``params``.
         context: keyword arguments of the call, the same for both. They are not traced.
 
@@ -59,10 +61,10 @@ def assert_same_program(
           residual: v1:f32[3] = sin[accuracy=None] v0
           <lambda>: v1:f32[3] = tanh[accuracy=None] v0
     """
-    ours, ours_made = _program(f, inputs, rngs, context)
-    theirs, theirs_made = _program(g, inputs, rngs, context)
+    ours, ours_made = _program(f, inputs, variables, rngs, context)
+    theirs, theirs_made = _program(g, inputs, variables, rngs, context)
     names = name_of(f), name_of(g)
-    if ours_made != theirs_made:
+    if None not in (ours_made, theirs_made) and ours_made != theirs_made:
         raise _errors.different_parameters(*names, _described(ours_made), _described(theirs_made))
     texts = _equations(ours.jaxpr, _Names()), _equations(theirs.jaxpr, _Names())
     for index, (a, b) in enumerate(itertools.zip_longest(*texts, fillvalue="nothing more")):
@@ -74,22 +76,23 @@ def assert_same_program(
 
 
 def _program(
-    f: Callable[..., Any], inputs: tuple[Any, ...], rngs: Sequence[str], context: Any
+    f: Callable[..., Any], inputs: tuple[Any, ...], given: Any, rngs: Sequence[str], context: Any
 ) -> tuple[ClosedJaxpr, Any]:
-    """The jaxpr of a call, and the variables it takes, as shapes; None for a plain function."""
+    """The jaxpr of a call, and the variables that it made; None where it made none."""
     if not isinstance(f, nn.Module):
         return jax.make_jaxpr(lambda *items: f(*items, **context))(*inputs), None
     module = f
     streams = {name: jax.random.key(seed) for seed, name in enumerate(("params", *rngs))}
-    made = jax.eval_shape(
-        lambda keys, *items: module.init(keys, *items, **context), streams, *inputs
-    )
+
+    def make(streams: Any, *items: Any) -> Any:
+        return module.init(streams, *items, **context)
 
     def apply(variables: Any, streams: Any, *items: Any) -> Any:
         return module.apply(variables, *items, rngs=streams, **context)
 
+    made = jax.eval_shape(make, streams, *inputs) if given is None else given
     del streams["params"]
-    return jax.make_jaxpr(apply)(made, streams, *inputs), made or None
+    return jax.make_jaxpr(apply)(made, streams, *inputs), None if given is not None else made
 
 
 class _Names(dict[Any, str]):

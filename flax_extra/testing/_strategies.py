@@ -390,9 +390,11 @@ def _dips(grammar: _Grammar) -> Parts:
 
 
 def _folds(grammar: _Grammar) -> Parts:
-    binary = st.builds(lambda f: with_one_output(with_n_in(f, 2)), grammar.parts())
+    def binary(f: Part) -> Part:
+        return with_one_output(with_n_in(with_one_output(f), 2))
+
     simplest = st.just(cb.select((0,), n_in=2))
-    return st.builds(cb.fold, simplest | binary, st.integers(1, 3))
+    return st.builds(cb.fold, simplest | st.builds(binary, grammar.parts()), st.integers(1, 3))
 
 
 def _fns(grammar: _Grammar) -> Parts:
