@@ -23,8 +23,7 @@ def empty_range(asked: str, name: str, least: int, most: int) -> InvalidArgument
 
 def too_few(asked: str, n_in: int) -> InvalidArgument:
     return InvalidArgument(
-        f"{asked} was asked for {n_in} inputs, and nothing can be made of none. "
-        f"Ask for 1 or more."
+        f"{asked} was asked for {n_in} inputs, and nothing can be made of none. Ask for 1 or more."
     )
 
 
