@@ -95,7 +95,7 @@ def _transposed(text):
 
 def test_what_a_layer_raises_keeps_its_type_and_gains_a_note():
     def add(
-        x: Float[Array, "batch time"], y: Float[Array, "batch #time"]
+        x: Float[Array, "batch time"], y: Float[Array, " batch #time"]
     ) -> Float[Array, " batch"]:
         return (x[:, 1:] * y[:, 1:]).sum(1)
 
