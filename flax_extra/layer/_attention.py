@@ -27,6 +27,11 @@ Mask: TypeAlias = (
 )
 """Booleans or integers; what is not zero is attended to. An axis of size 1 is broadcast."""
 
+SelfMask: TypeAlias = (
+    Shaped[Array, "#batch #time #time"] | Shaped[Array, "#batch #heads #time #time"]
+)
+"""A :data:`Mask` from the positions of one sequence to themselves."""
+
 Dimension: TypeAlias = int | Callable[[Array, Array, int | None, int | None], int]
 """A number of features, or a function of (inputs_q, inputs_kv, d_qk, d_v) that gives it.
 
@@ -418,7 +423,7 @@ class SelfAttention(Attention):
     def __call__(  # type: ignore[override]
         self,
         inputs_qkv: Float[Array, "batch time features_in"],
-        mask: Mask | None,
+        mask: SelfMask | None,
         *,
         deterministic: bool | None = None,
     ) -> Float[Array, "batch time features"]:
