@@ -6,6 +6,7 @@ same exactly when their terms are equal. A layer's term tells which of its param
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -104,11 +105,13 @@ def with_n_in(p: Any, n_in: int) -> Any:
     return testing.with_n_in(p, n_in)
 
 
-def pipelines(layers: st.SearchStrategy[Any] | None = None) -> st.SearchStrategy[cb.Combinator]:
+def pipelines(
+    layers: st.SearchStrategy[Any] | None = None, combinators: Iterable[str] = testing.SHUFFLING
+) -> st.SearchStrategy[cb.Combinator]:
     """Pipelines of functions and layers. Some layers are one instance, used more than once."""
     shared = st.shared(fresh_layers, key="free")
     leaves = st.one_of(functions, fresh_layers if layers is None else layers, shared)
-    parts = testing.pipelines(leaves=leaves, combinators=testing.SHUFFLING, max_depth=2)
+    parts = testing.pipelines(leaves=leaves, combinators=combinators, max_depth=2)
     # Four levels at least, whatever the drawn parts are.
     return st.builds(
         lambda a, b, c, leaf: cb.serial(a, cb.branch(b, cb.parallel(c, cb.serial(leaf)))),

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_extra import combinator as cb
+from flax_extra import testing
 from flax_extra.combinator._diagram import COLOURS, LONGEST_LABEL
 from flax_extra.combinator._diagram import draw as drawn_with
 from flax_extra.combinator._stack import describe_item
@@ -52,8 +53,11 @@ ARITHMETIC = st.builds(
 )
 
 
-def pipelines(max_leaves=6):
-    return free.pipelines(st.one_of(free.fresh_layers, ARITHMETIC), max_leaves)
+FOLDS = st.builds(cb.fold, st.just(free.Function("f", cb.Signature(2, 1))), st.integers(1, 4))
+# A fold is one box, named after what it folds with: here always a function.
+pipelines = free.pipelines(
+    st.one_of(free.fresh_layers, ARITHMETIC, FOLDS), set(testing.SHUFFLING) - {"fold"}
+)
 
 
 def call(box, items, n_out):
@@ -90,7 +94,7 @@ def calls_counted(f):
         return f(), made
 
 
-@given(p=pipelines(), n_extra=st.integers(0, 2), has_labels=st.booleans())
+@given(p=pipelines, n_extra=st.integers(0, 2), has_labels=st.booleans())
 def test_the_wires_lead_where_the_expression_says(p, n_extra, has_labels):
     items = [free.Term("x", (), i) for i in range(p.signature.n_in + n_extra * has_labels)]
     output, made = calls_counted(lambda: p.init_with_output(free.KEY, *items)[0])
@@ -102,7 +106,7 @@ def test_the_wires_lead_where_the_expression_says(p, n_extra, has_labels):
 
 
 @settings(max_examples=settings.default.max_examples // 2)
-@given(p=pipelines(max_leaves=10), n_extra=st.integers(0, 2), has_labels=st.booleans())
+@given(p=pipelines, n_extra=st.integers(0, 2), has_labels=st.booleans())
 def test_nothing_lies_on_anything_else(p, n_extra, has_labels):
     items = ["i32[b, t, 3]"] * (p.signature.n_in + n_extra)
     picture = Drawn(drawn_with(p, Everywhere(items) if has_labels else None).svg)
@@ -110,7 +114,7 @@ def test_nothing_lies_on_anything_else(p, n_extra, has_labels):
 
 
 @settings(max_examples=settings.default.max_examples // 4)
-@given(p=pipelines())
+@given(p=pipelines)
 def test_equal_expressions_have_one_picture(p):
     assert cb.diagram(p).svg == cb.diagram(p.clone()).svg
 
