@@ -91,6 +91,7 @@ class Slot:
         self.index = index
         self.child = child
         self.signature = child.signature
+        self.__name__ = name_of(child.target)  # in errors, what it stands for
 
     def __call__(self, *items: Any) -> Any:
         raise _errors.no_meaning(self.owner.label)

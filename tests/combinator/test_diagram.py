@@ -55,9 +55,10 @@ ARITHMETIC = st.builds(
 
 FOLDS = st.builds(cb.fold, st.just(free.Function("f", cb.Signature(2, 1))), st.integers(1, 4))
 # A fold is one box, named after what it folds with: here always a function.
-pipelines = free.pipelines(
+few = free.pipelines(
     st.one_of(free.fresh_layers, ARITHMETIC, FOLDS), set(testing.SHUFFLING) - {"fold"}
 )
+pipelines = st.lists(few, min_size=1, max_size=5).map(cb.serial)
 
 
 def call(box, items, n_out):

@@ -316,3 +316,13 @@ class TestSubclasses:
         assert "Empty says neither what it stands for nor how it runs." in message(
             TypeError, lambda: cb.serial(Empty())
         )
+
+
+def test_a_part_of_a_derived_combinator_goes_by_its_own_name():
+    class Twice(cb.Combinator):
+        def expand(self, f):
+            return cb.residual(f)
+
+    with pytest.raises(cb.SignatureError, match=r"split") as caught:
+        Twice(cb.split(2))
+    assert "object at" not in str(caught.value)

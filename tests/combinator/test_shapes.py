@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
+from flax_extra import testing
+from flax_extra.combinator._specs import with_sizes
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -345,3 +347,28 @@ def test_what_is_no_declaration(text: str) -> None:
 def test_typed_takes_one_callable() -> None:
     with pytest.raises(TypeError, match="typed takes one callable; got 2"):
         cb.typed([nn.relu, nn.relu], "f32[b] -> f32[b]")  # type: ignore[arg-type]
+
+
+# One signature, every size
+
+N_PIPELINES, N_SIZES = 100, 20
+sizes = st.fixed_dictionaries({"b": st.integers(1, 50), "t": st.integers(1, 50)})
+leaves = st.one_of(
+    st.builds(nn.Dense, st.just(4)),
+    st.builds(nn.LayerNorm),
+    st.sampled_from([jnp.tanh, jnp.maximum, jnp.hypot]),
+)
+# Of these sizes, the generator cuts the last axis alone; the others are names here.
+pipelines = testing.pipelines(leaves=leaves, shape=(7, 5, 4))
+
+
+@settings(max_examples=N_PIPELINES)
+@given(p=pipelines, drawn=st.lists(sizes, min_size=N_SIZES, max_size=N_SIZES))
+def test_what_is_known_symbolically_holds_at_every_size(p: Any, drawn: list[Any]) -> None:
+    specs = ["f32[b, t, 4]"] * p.signature.n_in
+    symbolic = cb.shape_signature(p, *specs)
+    for size in drawn:
+        inputs = [jax.ShapeDtypeStruct((size["b"], size["t"], 4), jnp.float32) for _ in specs]
+        found, _ = jax.eval_shape(p.init_with_output, jax.random.key(0), *inputs)
+        expected = with_sizes(symbolic.outputs, size)
+        assert jax.tree.leaves(found) == jax.tree.leaves(expected)
