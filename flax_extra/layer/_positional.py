@@ -361,7 +361,8 @@ def _axis_tables(
     lower, upper = bounds
     steps = max(size - endpoint, 1)
     index = jnp.arange(size, dtype=jnp.float32)[:, None]
-    # One rounding: for whole bounds the numerator is exact. High frequencies multiply the error.
+    # As few roundings as can be, for high frequencies multiply the error: of whole bounds the
+    # numerator is exact.
     coordinates = (lower * (steps - index) + upper * index) / steps
     bands = np.linspace(1, resolution / 2, n_bands, dtype=np.float32)[None, :]
     phases = np.float32(np.pi) * (coordinates * bands)
