@@ -5,6 +5,7 @@ need behind. With the published weights, which perceiver_checkpoints.py loads, t
 of Hugging Face's implementation (tests/parity/test_perceiver.py). The defaults are the published
 sizes; smaller ones are an argument away:
 
+    >>> import jax
     >>> core = Core(n_latents=8, d_latents=16, n_layers=2)
     >>> model = masked_language_model(core, n_positions=32, d_model=24)
     >>> tokens, mask = jnp.zeros((2, 32), int), jnp.ones((2, 32), bool)
@@ -20,14 +21,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from perceiver_io import Core, Function, learned, perceiver_io
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
+from perceiver_io import Core, Function, learned, perceiver_io
 
 LANGUAGE = Core(n_latents=256, d_latents=1280, n_layers=26, n_heads_encoder=8, d_qk=256, d_v=1280)
 """The core of the published language model."""
@@ -67,7 +67,8 @@ def masked_language_model(
 
     Source: Jaegle et al. (2021), section 4.1, Perceiver IO on UTF-8 bytes.
     """
-    embed = nn.Embed(n_tokens, d_model, name="embed")
+    like_positions = nn.initializers.truncated_normal(0.02)
+    embed = nn.Embed(n_tokens, d_model, embedding_init=like_positions, name="embed")
     text = cb.branch(embed, learned(n_positions, d_model, name="positions")) >> cb.add()
     queries = learned(n_positions, d_model, name="queries")
     return cb.serial(
@@ -295,7 +296,7 @@ def sound_patches(sound: Array, size: int) -> Array:
 
 
 def video_patches(video: Array, side: int) -> Array:
-    """``[batch, frames, rows, columns, 3]`` to squares, each flat: ``[.., rows / side, .., 3 s²]``."""
+    """Squares of pixels, each flat: ``[batch, frames, rows / side, columns / side, features]``."""
     batch, frames, rows, columns, colours = video.shape
     squares = video.reshape(
         batch, frames, rows // side, side, columns // side, side, colours
