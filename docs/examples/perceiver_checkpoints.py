@@ -30,6 +30,8 @@ from safetensors.numpy import load_file
 from flax_extra import combinator as cb
 from perceiver_architectures import ARCHITECTURES, CheckpointError, Settings, architecture_of
 
+__all__ = ["CheckpointError", "from_huggingface", "load", "pipeline", "read_config", "read_weights"]
+
 
 def load(directory: str | Path, architecture: str | None = None) -> tuple[cb.Combinator, Any]:
     """The model and the variables of a directory that ``save_pretrained`` wrote.
@@ -44,10 +46,7 @@ def load(directory: str | Path, architecture: str | None = None) -> tuple[cb.Com
     Raises:
         CheckpointError: where it is not such a directory, or holds another model.
     """
-    config = read_config(directory)
-    found = architecture_of(config)
-    if architecture not in (None, found):
-        raise CheckpointError(f"{directory} holds a {found}; asked for was a {architecture}.")
+    config = read_config(directory, architecture)
     return pipeline(config), from_huggingface(directory, config)
 
 
@@ -185,17 +184,24 @@ def _not_its_weights(
 # Files
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, architecture: str | None = None) -> dict[str, Any]:
     """A configuration: of a directory, or a file of its own.
 
+    Args:
+        path: the directory or the file.
+        architecture: the class that is wanted; any of those known where None.
+
     Raises:
-        CheckpointError: where there is none.
+        CheckpointError: where there is none, or it is of another model.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     config = _read_json(file)
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is no configuration: it holds a {type(config).__name__}.")
+    found = architecture_of(config)
+    if architecture not in (None, found):
+        raise CheckpointError(f"{path} holds a {found}; asked for was a {architecture}.")
     return config
 
 

@@ -71,4 +71,9 @@ def padded(tokens: np.ndarray, n_positions: int) -> tuple[np.ndarray, np.ndarray
         raise TextError(f"The text has {len(tokens)} bytes; the model takes {room} at most.")
     row = np.full(n_positions, PAD, np.int32)
     row[: len(tokens) + 2] = [CLS, *tokens, SEP]
-    return row[None], (np.arange(n_positions) < len(tokens) + 2)[None]
+    return row[None], is_text(np.array([len(tokens)]), n_positions)
+
+
+def is_text(lengths: np.ndarray, n_positions: int) -> np.ndarray:
+    """Where texts of some lengths, with [CLS] and [SEP], are not padding: ``[batch, time]``."""
+    return np.arange(n_positions) < lengths[:, None] + 2

@@ -1,10 +1,10 @@
 """Training of a small language model on text that every machine has: Python's own library.
 
-Some bytes of a text are masked, and the model learns to fill them in. What happens at a step follows
-from its number alone, and everything that a step changes is in the checkpoint. So a training that
-was interrupted goes on with the numbers it would have had:
+Some bytes of a text are masked, and the model learns to fill them in. What happens at a step
+follows from its number alone, and all that a step changes is in the checkpoint. So a training that
+was interrupted goes on with the numbers that it would have had:
 
-    state = train(recipe, directory)  # again and again, until it is done
+    state = train(recipe, directory)  # again, until it is done
 
 Source of the task: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for
 Language Understanding" (2018), section 3.1; here every chosen byte is masked, and none is changed.
@@ -34,7 +34,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from flax_extra import combinator as cb
 from perceiver_io import Core
 from perceiver_models import masked_language_model
-from perceiver_text import MASK, as_tokens
+from perceiver_text import MASK, N_SPECIAL, as_bytes, as_tokens, padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Interrupted(Exception):
         self.status = 128 + number
 
 
-class RecipeError(ValueError):
-    """A directory holds the training of another recipe."""
+class TrainingError(ValueError):
+    """A directory that a training cannot go on in."""
 
 
 def train(
@@ -118,9 +118,11 @@ def train(
         The last state.
 
     Raises:
-        RecipeError: where the checkpoints are of another recipe.
+        TrainingError: where the directory is none, or holds the training of another recipe.
         Interrupted: where SIGINT or SIGTERM came, once the step is done and saved.
     """
+    if directory.exists() and not directory.is_dir():
+        raise TrainingError(f"{directory} is a file; checkpoints need a directory.")
     text = Corpus.of(standard_library(held_out=False))
     with checkpoints(directory) as manager, signals() as came:
         done, state = resume(manager, recipe)
@@ -157,9 +159,10 @@ def step(recipe: Recipe, state: State, index: Array, texts: Batch) -> State:
 
 def masked_loss(model: cb.Combinator, params: Any, texts: Batch) -> Array:
     """How badly masked bytes are filled in: nats for each."""
-    logits = model.apply(params, texts.masked, None)
+    logits: Any = model.apply(params, texts.masked, texts.mask)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, texts.tokens)
-    loss: Array = jnp.mean(losses, where=texts.masked == MASK)
+    is_masked = texts.masked == MASK
+    loss: Array = jnp.sum(losses, where=is_masked) / jnp.maximum(jnp.sum(is_masked), 1)
     return loss
 
 
@@ -175,10 +178,11 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 class Batch(NamedTuple):
-    """Texts, and the same with some bytes masked: tokens ``[batch, n_positions]``."""
+    """Texts, the same with some bytes masked, and where there is no padding, ``[batch, time]``."""
 
     tokens: np.ndarray
     masked: np.ndarray
+    mask: np.ndarray
 
 
 class Corpus(NamedTuple):
@@ -203,13 +207,19 @@ def standard_library(*, held_out: bool) -> list[Path]:
 
 
 def batch(recipe: Recipe, corpus: Corpus, index: int) -> Batch:
-    """The texts of a step."""
+    """The texts of a step: of any length, but every second one as long as can be."""
     draw = np.random.default_rng([recipe.seed, index])
-    last = len(corpus.tokens) - recipe.n_positions
-    starts = draw.integers(0, last, recipe.batch_size)
-    tokens = corpus.tokens[starts[:, None] + np.arange(recipe.n_positions)]
-    is_masked = draw.random(tokens.shape) < recipe.mask_rate
-    return Batch(tokens, np.where(is_masked, MASK, tokens).astype(np.int32))
+    n_rows, longest = recipe.batch_size, recipe.n_positions - 2
+    lengths = np.full(n_rows, longest)
+    lengths[1::2] = draw.integers(1, longest, n_rows // 2, endpoint=True)
+    starts = draw.integers(0, len(corpus.tokens) - longest, n_rows)
+    rows = [
+        padded(corpus.tokens[start : start + length], recipe.n_positions)
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+    tokens, mask = map(np.concatenate, zip(*rows, strict=True))
+    is_masked = (tokens >= N_SPECIAL) & (draw.random(tokens.shape) < recipe.mask_rate)
+    return Batch(tokens, np.where(is_masked, MASK, tokens).astype(np.int32), mask)
 
 
 class Score(NamedTuple):
@@ -226,19 +236,17 @@ def evaluate(recipe: Recipe, params: Any, n_batches: int = 20) -> Score:
     seen = Corpus.of(standard_library(held_out=False))
     unseen = Corpus.of(standard_library(held_out=True))
     most_frequent = int(np.bincount(seen.tokens).argmax())
-    fill = jax.jit(lambda masked: recipe.model().apply(params, masked, None).argmax(-1))
+    score = jax.jit(recipe.model().apply)
     right, baseline, n_bytes = 0, 0, 0
     for index in range(n_batches):
         texts = batch(recipe, unseen, index)
         is_masked = texts.masked == MASK
         n_bytes += int(is_masked.sum())
-        right += int((np.asarray(fill(texts.masked)) == texts.tokens)[is_masked].sum())
+        guesses = np.asarray(score(params, texts.masked, texts.mask)).argmax(-1)
+        right += int((guesses == texts.tokens)[is_masked].sum())
         baseline += int((texts.tokens[is_masked] == most_frequent).sum())
-    from perceiver_text import as_bytes
-
-    return Score(
-        n_bytes, right / n_bytes, baseline / n_bytes, as_bytes(np.array([most_frequent]))
-    )
+    guess = as_bytes(np.array([most_frequent]))
+    return Score(n_bytes, right / n_bytes, baseline / n_bytes, guess)
 
 
 # Checkpoints
@@ -269,7 +277,7 @@ def resume(manager: ocp.CheckpointManager, recipe: Recipe) -> tuple[int, State]:
     asked = dataclasses.asdict(recipe)
     for name, value in saved["recipe"].items():
         if asked[name] != value:
-            raise RecipeError(
+            raise TrainingError(
                 f"{manager.directory} holds a training with {name}={value}; asked for was "
                 f"{name}={asked[name]}. Give another directory, or remove this one."
             )
