@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,15 @@ from safetensors.numpy import load_file
 from flax_extra import combinator as cb
 from perceiver_architectures import ARCHITECTURES, CheckpointError, Settings, architecture_of
 
-__all__ = ["CheckpointError", "from_huggingface", "load", "pipeline", "read_config", "read_weights"]
+__all__ = [
+    "CheckpointError",
+    "from_huggingface",
+    "load",
+    "pipeline",
+    "read_config",
+    "read_weights",
+    "shapes_in_huggingface",
+]
 
 
 def load(directory: str | Path, architecture: str | None = None) -> tuple[cb.Combinator, Any]:
@@ -86,15 +94,28 @@ def from_huggingface(
         config = read_config(config)
     if isinstance(state_dict, str | Path):
         state_dict = read_weights(state_dict)
-    architecture = architecture_of(config)
-    names = ARCHITECTURES[architecture].names
-    wanted = {
-        path: _Weight(names[path], path.rpartition("/")[2], leaf.shape)
-        for path, leaf in _flat(_abstract_params(config)).items()
-    }
-    _check(wanted.values(), state_dict, architecture)
+    wanted = _wanted(config)
+    _check(wanted.values(), state_dict, architecture_of(config))
     arrays = {path: jnp.asarray(weight.read(state_dict)) for path, weight in wanted.items()}
     return {"params": unflatten_dict(arrays, sep="/")}  # type: ignore[no-untyped-call]
+
+
+def shapes_in_huggingface(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the weights that a configuration asks for.
+
+    Raises:
+        CheckpointError: where the configuration is of another model.
+    """
+    return _torch_shapes(_wanted(config).values())
+
+
+def _wanted(config: Mapping[str, Any]) -> dict[str, _Weight]:
+    names = ARCHITECTURES[architecture_of(config)].names
+    flat: dict[str, Any] = flatten_dict(_abstract_params(config), sep="/")  # type: ignore[no-untyped-call]
+    return {
+        path: _Weight(names[path], path.rpartition("/")[2], leaf.shape)
+        for path, leaf in flat.items()
+    }
 
 
 def _abstract_params(config: Mapping[str, Any]) -> Any:
@@ -105,11 +126,6 @@ def _abstract_params(config: Mapping[str, Any]) -> Any:
         raise
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"The configuration makes no model: {error}") from error
-
-
-def _flat(params: Any) -> dict[str, Any]:
-    flat: dict[str, Any] = flatten_dict(params, sep="/")  # type: ignore[no-untyped-call]
-    return flat
 
 
 # One weight, theirs and ours
@@ -150,8 +166,12 @@ class _Weight(NamedTuple):
         return np.stack(arrays).reshape(self.shape)
 
 
-def _check(wanted: Any, state_dict: Mapping[str, Any], architecture: str) -> None:
-    shapes = {name: weight.torch_shape for weight in wanted for name in weight.torch_names}
+def _torch_shapes(wanted: Iterable[_Weight]) -> dict[str, tuple[int, ...]]:
+    return {name: weight.torch_shape for weight in wanted for name in weight.torch_names}
+
+
+def _check(wanted: Iterable[_Weight], state_dict: Mapping[str, Any], architecture: str) -> None:
+    shapes = _torch_shapes(wanted)
     found = {name: tuple(array.shape) for name, array in state_dict.items()}
     missing = [f"{name} {shapes[name]}" for name in shapes if name not in found]
     unexpected = [f"{name} {found[name]}" for name in found if name not in shapes]

@@ -32,7 +32,7 @@ from perceiver_training import Interrupted, Recipe, Score, TrainingError, evalua
 MARGIN = 0.15
 """How much more often than the most frequent byte the trained model is right, at least."""
 
-EXAMPLE = "def __init__(self, na[MASK:2]):\n    sel[MASK].name = name\n    re[MASK:4] None\n"
+EXAMPLE = "def __init__(self, na[MASK:2]):\n    sel[MASK].name = name\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
