@@ -29,9 +29,6 @@ from perceiver_checkpoints import CheckpointError, from_huggingface, pipeline, r
 from perceiver_text import MASK, N_SPECIAL, TextError, as_bytes, padded, parse
 from perceiver_training import Interrupted, Recipe, Score, TrainingError, evaluate, train
 
-MARGIN = 0.15
-"""How much more often than the most frequent byte the trained model is right, at least."""
-
 EXAMPLE = "def __init__(self, na[MASK:2]):\n    sel[MASK].name = name\n"
 
 
@@ -97,8 +94,8 @@ def show(tokens: np.ndarray, console: Console) -> None:
 def report(score: Score, console: Console) -> None:
     """Prints how well masks are filled in."""
     console.print(
-        f"{score.n_bytes} masked bytes of held-out files: {score.accuracy:.1%} right; "
-        f"{score.most_frequent!r}, the most frequent byte, always: {score.baseline:.1%}"
+        f"{score.n_bytes} masked bytes of held-out files: {score.accuracy:.1%} right; always "
+        f"{score.most_frequent!r}, the most frequent byte: {score.baseline:.1%}"
     )
 
 
@@ -110,7 +107,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        prog="perceiver_mlm.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--text", help="with [MASK] where a byte is to be filled in")
     parser.add_argument("--weights", type=Path, help="directory that save_pretrained wrote")
     training = parser.add_argument_group("training, without --weights")

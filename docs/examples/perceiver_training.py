@@ -56,13 +56,13 @@ class Recipe:
         seed: of the weights and of the texts.
     """
 
-    n_steps: int = 2000
+    n_steps: int = 3000
     batch_size: int = 32
     n_positions: int = 64
     n_latents: int = 32
     d_model: int = 96
     n_layers: int = 2
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     mask_rate: float = 0.15
     copy_weight: float = 1.0
     seed: int = 0
