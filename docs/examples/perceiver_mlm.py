@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from flax_extra import combinator as cb
+from perceiver_architectures import Settings
 from perceiver_checkpoints import CheckpointError, from_huggingface, pipeline, read_config
 from perceiver_text import MASK, N_SPECIAL, TextError, as_bytes, padded, parse
 from perceiver_training import Interrupted, Recipe, Score, TrainingError, evaluate, train
@@ -56,7 +57,7 @@ def with_weights(directory: Path, text: str | None, console: Console) -> None:
         raise TextError('There is no text. Give one: --text "..." with [MASK] in it.')
     config = read_config(directory, "PerceiverForMaskedLM")
     # The text comes first, for there are many weights to read.
-    tokens, mask = padded(parse(text), config["max_position_embeddings"])
+    tokens, mask = padded(parse(text), Settings(config).max_position_embeddings)
     variables = from_huggingface(directory, config)
     show(fill(pipeline(config), variables, tokens, mask), console)
 

@@ -47,10 +47,10 @@ def parse(text: str) -> np.ndarray:
         raise TextError("The text is empty. Give one with [MASK] where a byte is to be filled in.")
     parts, end = [], 0
     for match in MASK_IN_TEXT.finditer(text):
-        parts.append(as_tokens(text[end : match.start()].encode()))
+        parts.append(_encoded(text[end : match.start()]))
         parts.append(np.full(int(match[1] or 1), MASK, np.int32))
         end = match.end()
-    parts.append(as_tokens(text[end:].encode()))
+    parts.append(_encoded(text[end:]))
     tokens = np.concatenate(parts)
     if not (tokens == MASK).any():
         raise TextError(
@@ -58,6 +58,11 @@ def parse(text: str) -> np.ndarray:
             "[MASK:5] for five."
         )
     return tokens
+
+
+def _encoded(text: str) -> np.ndarray:
+    """Bytes of the command line that are no UTF-8 stay what they were."""
+    return as_tokens(text.encode(errors="surrogateescape"))
 
 
 def padded(tokens: np.ndarray, n_positions: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import perceiver_full_size
 import perceiver_mlm
 from perceiver_text import CLS, MASK, PAD, SEP, TextError, as_bytes, as_tokens, padded, parse
 from perceiver_training import (
@@ -214,3 +216,10 @@ def directories(root: Path) -> None:
         saved(root / name, change)
     file = root / "truncated" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def test_what_the_full_size_costs(capsys):
+    assert perceiver_full_size.main(["--layers", "1", "--positions", "16", "--compile-only"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 layers, 17.4 million parameters" in printed
+    assert re.search(r"compile +\d+\.\d\d s   peak memory +\d+\.\d\d GiB\n", printed)
