@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"  {options.layers} layers, {n_parameters / 1e6:.1f} million parameters")
     lowered = measured("trace", lambda: jax.jit(model.apply).lower(abstract, tokens, mask))
     compiled = measured("compile", lowered.compile)
-    print(f"  {compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB of temporaries")
+    temporaries = getattr(compiled.memory_analysis(), "temp_size_in_bytes", float("nan"))
+    print(f"  {temporaries / 2**20:.0f} MiB of temporaries")
     if options.compile_only:
         return 0
     variables = measured("initialise", lambda: jax.jit(model.init)(key, tokens, mask))
