@@ -130,11 +130,10 @@ def train(
     text = Corpus.of(standard_library(held_out=False))
     with checkpoints(directory) as manager, signals() as came:
         done, state = resume(manager, recipe)
-        run = jax.jit(functools.partial(step, recipe), donate_argnums=0)
         with progress(recipe, console) as show:
             show(done, state)
             for index in range(done, recipe.n_steps):
-                state = run(state, index, batch(recipe, text, index))
+                state = step(recipe, state, index, batch(recipe, text, index))
                 is_last = index + 1 == recipe.n_steps
                 if is_last or came or (index + 1) % save_every == 0:
                     save(manager, recipe, index + 1, state)
@@ -147,6 +146,7 @@ def train(
 # One step
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def initial(recipe: Recipe) -> State:
     """The state before the first step."""
     tokens = jnp.zeros((1, recipe.n_positions), jnp.int32)
@@ -154,7 +154,8 @@ def initial(recipe: Recipe) -> State:
     return State(params, optimizer(recipe).init(params), jnp.zeros(recipe.n_steps))
 
 
-def step(recipe: Recipe, state: State, index: Array, texts: Batch) -> State:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def step(recipe: Recipe, state: State, index: int, texts: Batch) -> State:
     """The state after one more step."""
 
     def loss(params: Any) -> tuple[Array, Array]:
