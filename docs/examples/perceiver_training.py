@@ -62,7 +62,7 @@ class Recipe:
     n_latents: int = 32
     d_model: int = 96
     n_layers: int = 2
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     mask_rate: float = 0.15
     copy_weight: float = 1.0
     seed: int = 0
