@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     console = Console()
     model = autoencoder(label_mask_rate=0.75)
-    console.print(str(model), highlight=False, soft_wrap=True)
+    console.print(cb.summary(model, "f32[b, 8, 8]", "i32[b]"))
     training, held_out = load()
     params = train(model, training, options.steps, options.batch_size, console)
     result = evaluate(autoencoder(label_mask_rate=1.0), params, held_out)

@@ -27,6 +27,11 @@ Mask: TypeAlias = (
 )
 """Booleans or integers; what is not zero is attended to. An axis of size 1 is broadcast."""
 
+SelfMask: TypeAlias = (
+    Shaped[Array, "#batch #time #time"] | Shaped[Array, "#batch #heads #time #time"]
+)
+"""A :data:`Mask` from the positions of one sequence to themselves."""
+
 Dimension: TypeAlias = int | Callable[[Array, Array, int | None, int | None], int]
 """A number of features, or a function of (inputs_q, inputs_kv, d_qk, d_v) that gives it.
 
@@ -71,6 +76,10 @@ def attend(
 
     Source: Vaswani et al. (2017), equation 1.
 
+    Shapes:
+        ``xn.attend``: ``f32[b, q, h, 32], f32[b, k, h, 32], f32[b, k, h, 16] -> f32[b, q,
+        16*h]``
+
     Example:
         >>> import jax.numpy as jnp
         >>> from flax_extra import layer as xn
@@ -107,6 +116,9 @@ def cross_attention_mask(
 
     Raises:
         ValueError: where a mask has other axes, or the batches differ.
+
+    Shapes:
+        ``xn.cross_attention_mask``: ``bool[b, q], bool[b, k] -> bool[b, q, k]``
 
     Example:
         >>> import jax.numpy as jnp
@@ -228,6 +240,10 @@ class Attention(nn.Module):
             [0, 1).
 
     Source: Vaswani et al. (2017), section 3.2.2.
+
+    Shapes:
+        ``xn.Attention(n_heads=4)``: ``f32[b, q, 64], f32[b, k, 32], bool[b, q, k] -> f32[b, q,
+        64]``
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -355,6 +371,10 @@ class KVQAttention(Attention):
 
     Source: Jaegle et al., "Perceiver IO" (2021), appendix E, whose cross-attention is of this form.
 
+    Shapes:
+        ``xn.KVQAttention(n_heads=4)``: ``f32[b, q, 64], f32[b, k, 32], bool[b, q, k] -> f32[b,
+        q, 64]``
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax_extra import layer as xn
@@ -385,6 +405,9 @@ class SelfAttention(Attention):
 
     Source: Vaswani et al. (2017), section 3.2.3.
 
+    Shapes:
+        ``xn.SelfAttention(n_heads=4)``: ``f32[b, t, 64], bool[b, t, t] -> f32[b, t, 64]``
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
@@ -400,7 +423,7 @@ class SelfAttention(Attention):
     def __call__(  # type: ignore[override]
         self,
         inputs_qkv: Float[Array, "batch time features_in"],
-        mask: Mask | None,
+        mask: SelfMask | None,
         *,
         deterministic: bool | None = None,
     ) -> Float[Array, "batch time features"]:

@@ -45,6 +45,9 @@ class TrainablePositionalEncoding(nn.Module):
     Raises:
         ValueError: where ``seqlen`` or ``dimension`` is below 1.
 
+    Shapes:
+        ``xn.TrainablePositionalEncoding(256, 64)``: ``b -> f32[b, 256, 64]``
+
     Example:
         >>> import jax
         >>> from flax_extra.layer import TrainablePositionalEncoding
@@ -119,6 +122,9 @@ class FourierPositionEncoding(nn.Module):
     Raises:
         ValueError: where an axis or ``n_bands`` is below 1, ``max_resolution`` has other axes than
             ``seqshape``, or the lower bound is not below the upper.
+
+    Shapes:
+        ``xn.FourierPositionEncoding((28, 28), n_bands=8)``: ``b -> f32[b, 784, 34]``
 
     Example:
         >>> from flax_extra.layer import FourierPositionEncoding
@@ -233,6 +239,9 @@ class TrainablePositionalPadding(nn.Module):
         dtype: of the result; what inputs and parameter promote to where it is None.
         param_dtype: of the parameter.
 
+    Shapes:
+        ``xn.TrainablePositionalPadding(d_max=64)``: ``f32[b, t, 32] -> f32[b, t, 64]``
+
     Example:
         >>> import jax
         >>> from flax_extra.layer import TrainablePositionalPadding
@@ -295,6 +304,9 @@ class TrainablePositionalMasking(nn.Module):
 
     Raises:
         ValueError: where ``rate`` is not from 0 to 1.
+
+    Shapes:
+        ``xn.TrainablePositionalMasking(rate=0.5)``: ``f32[b, t, 64] -> f32[b, t, 64]``
 
     Example:
         >>> import jax
