@@ -4,8 +4,10 @@ With the weights of a model that Hugging Face's transformers saved:
 
     python docs/examples/perceiver_mlm.py --weights DIR --text "This is an incomplete [MASK:8]."
 
-Without, a small one is trained first, on the sources of Python's own library: a few minutes. It
-keeps checkpoints; started again, it goes on where it was, or is done at once:
+Without, a small one is trained first, on the sources of Python's own library: about four minutes on
+two cores. In files that were held out it then fills in masked bytes at least 15 percentage points
+better than always guessing the most frequent byte. It keeps checkpoints; started again, it goes on
+where it was, or is done at once:
 
     python docs/examples/perceiver_mlm.py --text "import nu[MASK:3] as np"
 
