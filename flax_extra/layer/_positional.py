@@ -370,7 +370,12 @@ def _axis_tables(
     The barrier keeps XLA from computing them again, in another way, inside of what reads them:
     rows of a subset are the bits of the whole grid.
     """
-    coordinates = jnp.linspace(*bounds, size, endpoint=endpoint, dtype=jnp.float32)[:, None]
+    lower, upper = bounds
+    steps = max(size - endpoint, 1)
+    index = jnp.arange(size, dtype=jnp.float32)[:, None]
+    # As few roundings as can be, for high frequencies multiply the error: of whole bounds the
+    # numerator is exact.
+    coordinates = (lower * (steps - index) + upper * index) / steps
     bands = np.linspace(1, resolution / 2, n_bands, dtype=np.float32)[None, :]
     phases = np.float32(np.pi) * (coordinates * bands)
     tables = coordinates, jnp.sin(phases), jnp.cos(phases)
