@@ -6,17 +6,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test parity check clean
+.PHONY: help demo perceiver test parity check clean
 
 help:
-	@echo "make demo    train the digits autoencoder and draw what it rebuilds"
-	@echo "make test    run the tests and every example in the docs"
-	@echo "make parity  compare the layers with torch"
-	@echo "make check   formatting, lint and strict types"
-	@echo "make clean   remove the environment and what was generated"
+	@echo "make demo       train the digits autoencoder and draw what it rebuilds"
+	@echo "make perceiver  train a language model on Python's own library and fill in masks"
+	@echo "make test       run the tests and every example in the docs"
+	@echo "make parity     compare the layers with torch, the Perceivers with transformers"
+	@echo "make check      formatting, lint and strict types"
+	@echo "make clean      remove the environment and what was generated"
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python docs/examples/digits_autoencoder.py
+
+perceiver: $(VENV)/installed-perceiver
+	$(BIN)/python docs/examples/perceiver_mlm.py
 
 test: $(VENV)/installed-test
 	$(PYTEST) --numprocesses auto --ignore tests/parity

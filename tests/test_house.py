@@ -32,8 +32,33 @@ ORDER = [
     "_merge",
     "_derived",
     "_lift",
+    "_specs",
+    "_record",
+    "_shapes",
+    "_summary",
+    "_columns",
+    "_captions",
+    "_picture",
+    "_draft",
+    "_wiring",
+    "_diagram",
     "__init__",
 ]
+TESTING_ORDER = [
+    "_errors",
+    "_axes",
+    "_annotations",
+    "_search",
+    "_abstract",
+    "_inputs",
+    "_shapes",
+    "_signature",
+    "_strategies",
+    "_programs",
+    "_laws",
+    "__init__",
+]
+ORDERS = {"combinator": ORDER, "testing": TESTING_ORDER}
 PACKAGES = ["combinator", "layer", "testing"]
 
 
@@ -58,15 +83,20 @@ def _is_module(name: str) -> bool:
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
-def test_every_file_of_the_combinator_package_has_its_place():
-    assert {path.stem for path in (ROOT / "combinator").glob("*.py")} == set(ORDER)
+@pytest.mark.parametrize("package", ORDERS)
+def test_every_file_of_a_package_has_its_place(package):
+    assert {path.stem for path in (ROOT / package).glob("*.py")} == set(ORDERS[package])
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_within_combinator_go_down_the_list(name):
-    above = ORDER[: ORDER.index(name)]
-    for module in imported(ROOT / "combinator" / f"{name}.py"):
-        assert module.rpartition(".")[2] in above, f"{name} imports {module}"
+@pytest.mark.parametrize(
+    ("package", "name"), [(package, name) for package, order in ORDERS.items() for name in order]
+)
+def test_imports_within_a_package_go_down_the_list(package, name):
+    above = ORDERS[package][: ORDERS[package].index(name)]
+    for module in imported(ROOT / package / f"{name}.py"):
+        whole = f"flax_extra.{package}."
+        if package == "combinator" or module.startswith(whole):
+            assert module.rpartition(".")[2] in above, f"{name} imports {module}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

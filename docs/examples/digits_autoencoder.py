@@ -35,6 +35,8 @@ SIDE, PATCH = 8, 2
 GRID = (SIDE // PATCH, SIDE // PATCH)
 N_PATCHES, D_PATCH = GRID[0] * GRID[1], PATCH**2
 N_LABELS = 10
+INPUTS = ("f32[b, 8, 8]", "i32[b]")
+"""What the model takes: images, and labels."""
 
 
 # The model: images [batch, 8, 8], labels [batch] -> pixels [batch, 8, 8], logits [batch, 10]
@@ -242,7 +244,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     console = Console()
     model = autoencoder(label_mask_rate=0.75)
-    console.print(str(model), highlight=False, soft_wrap=True)
+    console.print(str(cb.summary(model, *INPUTS)), highlight=False, soft_wrap=True)
+    wiring = options.picture.with_suffix(".svg")
+    wiring.parent.mkdir(parents=True, exist_ok=True)
+    cb.diagram(model, *INPUTS).save(wiring)
     training, held_out = load()
     params = train(model, training, options.steps, options.batch_size, console)
     result = evaluate(autoencoder(label_mask_rate=1.0), params, held_out)
@@ -251,7 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{len(held_out.labels)} held-out images, label masked\n"
         f"  label read off the image: {result.accuracy:.1%} right\n"
         f"  image rebuilt: error {result.image_error:.3f} a pixel (root mean square; ink is 1)\n"
-        f"  picture: {options.picture}",
+        f"  picture: {options.picture}\n"
+        f"  wiring of the model: {wiring}",
         highlight=False,
         soft_wrap=True,
     )

@@ -29,7 +29,8 @@ from flax_extra.combinator._derived import (
     keep,
     residual,
 )
-from flax_extra.combinator._errors import SharingError, SignatureError
+from flax_extra.combinator._diagram import Diagram, diagram
+from flax_extra.combinator._errors import ShapeError, SharingError, SignatureError
 from flax_extra.combinator._flow import Parallel, Serial, parallel, serial
 from flax_extra.combinator._inference import infer_signature
 from flax_extra.combinator._leaf import Fn, fn
@@ -50,6 +51,7 @@ from flax_extra.combinator._merge import (
     split,
     sub,
 )
+from flax_extra.combinator._shapes import ShapeSignature, Typed, shape_signature, typed
 from flax_extra.combinator._shuffle import (
     Drop,
     Dup,
@@ -63,6 +65,7 @@ from flax_extra.combinator._shuffle import (
     swap,
 )
 from flax_extra.combinator._signature import Signature
+from flax_extra.combinator._summary import Step, Summary, summary
 
 __all__ = [
     # what a callable is on the stack
@@ -94,6 +97,15 @@ __all__ = [
     "repeat",
     "scan",
     "remat",
+    # shapes, before there are arrays
+    "shape_signature",
+    "typed",
+    "ShapeSignature",
+    "summary",
+    "Summary",
+    "diagram",
+    "Diagram",
+    "Step",
     # what they build
     "Combinator",
     "Serial",
@@ -118,7 +130,9 @@ __all__ = [
     "Scan",
     "Remat",
     "Fn",
+    "Typed",
     # what goes wrong
     "SignatureError",
+    "ShapeError",
     "SharingError",
 ]

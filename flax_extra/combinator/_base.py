@@ -128,6 +128,11 @@ class Combinator(nn.Module):
         raise _errors.no_meaning(type(self).__name__)
 
     @property
+    def advice(self) -> str:
+        """What to do where its wiring fails, if there is something to say."""
+        return ""
+
+    @property
     def stacks(self) -> bool:
         """Whether each of its copies has parameters of its own, stacked on a new axis."""
         return False

@@ -27,6 +27,7 @@ from flax_extra.combinator._inference import (
     shorten,
 )
 from flax_extra.combinator._signature import Signature
+from flax_extra.combinator._stack import describe_item
 
 if TYPE_CHECKING:
     from flax_extra.combinator._base import Combinator
@@ -191,7 +192,10 @@ def child_of(argument: object, **declared: Any) -> Child:
     if isinstance(argument, Child):
         return argument
     if not callable(argument):
-        raise _errors.not_callable(shorten(repr(argument)), type(argument).__name__)
+        text = describe_item(argument) if _is_array(argument) else shorten(repr(argument))
+        raise _errors.not_callable(text, type(argument).__name__)
+    if isinstance(argument, type) and issubclass(argument, nn.Module):
+        raise _errors.module_class(argument.__name__)
     fixed = declared.get("fixed", NO_FIXED)
     if not is_combinator(argument):
         return Child(argument, contract(argument, **declared), fixed)
@@ -207,7 +211,7 @@ def flatten_arguments(argument: object) -> Iterator[object]:
     """The callables in an argument: an iterable only groups. What is callable is not opened."""
     if isinstance(argument, Children):
         yield from argument.items
-    elif callable(argument) or isinstance(argument, str | bytes | Child):
+    elif callable(argument) or isinstance(argument, str | bytes | Child) or _is_array(argument):
         yield argument
     elif isinstance(argument, Iterable):
         try:
@@ -219,6 +223,10 @@ def flatten_arguments(argument: object) -> Iterator[object]:
             yield from flatten_arguments(part) if part is not argument else (part,)
     else:
         yield argument
+
+
+def _is_array(argument: object) -> bool:
+    return hasattr(argument, "shape") and hasattr(argument, "dtype")
 
 
 def _stacked(child: Child) -> frozenset[int]:

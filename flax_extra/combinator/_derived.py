@@ -42,6 +42,10 @@ class Residual(Combinator):
         return branch(serial(*body), shortcut) >> add()
 
     @property
+    def advice(self) -> str:
+        return _errors.advice_on_residual()
+
+    @property
     def body(self) -> Children:
         """The callables in series that the shortcut leads around."""
         return Children(self.children.items[:-1])

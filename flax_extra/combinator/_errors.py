@@ -2,6 +2,7 @@
 
     ValueError
     ├── SignatureError    the arity of a callable, or the stack it meets, is wrong
+    ├── ShapeError        a shape is not what was declared, or cannot be known for every size
     └── SharingError      one layer instance would need two sets of parameters
 
 What is not a callable, or a keyword nobody takes, is a plain ``TypeError``.
@@ -29,6 +30,22 @@ top of the stack, which is index 0; got -1. Use a non-negative index.
     """
 
 
+class ShapeError(ValueError):
+    """A shape is not what was declared, or cannot be known for every size at once.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> from flax_extra import combinator as cb
+        >>> cb.typed(nn.Dense(3), "f32[b, 8] -> f32[b, 4]")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        flax_extra.combinator.ShapeError: Declared and computed shapes differ.
+          declared: f32[b, 8] -> f32[b, 4]
+          computed: f32[b, 8] -> f32[b, 3]
+        ...
+    """
+
+
 class SharingError(ValueError):
     """One layer instance is used where it would need two sets of parameters.
 
@@ -43,7 +60,7 @@ class SharingError(ValueError):
     """
 
 
-for _exception in (SignatureError, SharingError):
+for _exception in (SignatureError, ShapeError, SharingError):
     _exception.__module__ = "flax_extra.combinator"  # where people find them
 
 NOTE_PREFIX = "flax_extra: in "
@@ -53,10 +70,23 @@ REMEDY_FN = "cb.fn(f, n_in=..., n_out=..., key=value)"
 # Building: what cannot be a child, and signatures that cannot be inferred.
 
 
+def not_svg(path: str) -> ValueError:
+    return ValueError(
+        f"A diagram is saved as SVG, to a file whose name ends in .svg; got {path!r}. "
+        "Name it so, and convert it with another program."
+    )
+
+
 def not_callable(value: str, kind: str) -> TypeError:
     return TypeError(
         f"A pipeline is made of callables and (nested) iterables of callables; got {value} "
         f"({kind}). Pass a function, a linen module or a combinator."
+    )
+
+
+def module_class(name: str) -> TypeError:
+    return TypeError(
+        f"A pipeline is made of layers; got the class {name}. Make a layer of it: {name}(...)."
     )
 
 
@@ -327,8 +357,114 @@ def unknown_context(label: str, unknown: Iterable[str], taken: Iterable[str]) ->
     )
 
 
-def raised_in(path: Sequence[str], signature: str, stack: str) -> str:
-    return f"{NOTE_PREFIX}{_path(path)}\n  signature: {signature}\n  stack: {stack}"
+def raised_in(path: Sequence[str], signature: str, stack: str, advice: str) -> str:
+    facts = f"{NOTE_PREFIX}{_path(path)}\n  signature: {signature}\n  stack: {stack}"
+    return f"{facts}\n  {advice}" if advice else facts
+
+
+def advice_on(error: Exception) -> str:
+    """What to do about an error that linen raises in many a layer; nothing for another."""
+    if str(error).startswith('Parameter "deterministic" must be passed'):
+        return "Say at the call which it is: apply(variables, ..., deterministic=True)."
+    return _ADVICE.get(type(error).__name__, "")
+
+
+_ADVICE = {
+    "InvalidRngError": "Give apply a key for that stream, as in rngs={'dropout': key}, or switch "
+    "the layer off, as with deterministic=True.",
+    "ScopeParamShapeError": "The variables were made for other inputs, or for another pipeline: "
+    "give it the inputs that they were made for, or initialise again.",
+    "ScopeParamNotFoundError": "The variables were made for another pipeline: initialise again.",
+    "CallCompactUnboundModuleError": "A pipeline with layers is called with variables: "
+    "pipeline.apply(variables, ...), where variables = pipeline.init(key, ...).",
+}
+
+
+def advice_on_sum() -> str:
+    return "The items must have one shape, or broadcast to one."
+
+
+def advice_on_residual() -> str:
+    return (
+        "The body and the shortcut of a residual are added, so both give one shape. Project one: "
+        "cb.residual(f, shortcut=nn.Dense(features))."
+    )
+
+
+def advice_on_concatenate(axis: int) -> str:
+    return f"The items may differ along axis {axis} alone. Name another: cb.concatenate(axis=...)."
+
+
+def advice_on_split(n: int, axis: int) -> str:
+    return f"The size of axis {axis} must divide by {n}. Name another: cb.split({n}, axis=...)."
+
+
+# Shapes.
+
+
+def bad_spec(text: str) -> ValueError:
+    return ValueError(
+        f"{text!r} is not a spec. Write an array as jaxprs print it, such as 'f32[b, t, 64]' or "
+        f"'bool[]', and None for an absent item; or pass an array or a jax.ShapeDtypeStruct."
+    )
+
+
+def bad_declaration(text: str) -> ValueError:
+    return ValueError(
+        f"{text!r} declares no shapes. Write inputs, one arrow and outputs, such as "
+        f"'i32[b, t] -> f32[b, t, 64]'."
+    )
+
+
+def unknown_dtype(text: str, dtype: str, known: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"{text!r} is not a spec: {dtype!r} is no type of numbers. Jaxprs name these: "
+        f"{', '.join(sorted(known))}."
+    )
+
+
+def bad_dimensions(text: str, why: str) -> ValueError:
+    return ValueError(
+        f"{text!r} is not a spec: {why}. A dimension is a number, a name, or an expression of "
+        f"these, such as '8*t + 1'."
+    )
+
+
+def too_precise(text: str, narrow: str) -> ValueError:
+    return ValueError(
+        f"{text} has more bits than JAX keeps by default. Ask for {narrow.removesuffix('[]')}, or "
+        f"enable jax_enable_x64."
+    )
+
+
+def symbolic_parameter(parameter: str, shape: str, names: Sequence[str]) -> ShapeError:
+    return ShapeError(
+        f"Parameter {parameter} would be {shape}, so that {_listing(names)} sizes it, and the "
+        f"parameters of a model have one size. Make {'it' if len(names) == 1 else 'each'} a "
+        f"number in the spec."
+    )
+
+
+def undecidable(operation: str, where: str, names: Sequence[str]) -> ShapeError:
+    found = f"\n{where}" if where else ""
+    return ShapeError(
+        f"An operation cannot be decided for every size at once: {operation}{found}\n"
+        f"  Make {_choice(names)} a number in the spec."
+    )
+
+
+def other_shapes(declared: str, computed: str, step: str) -> ShapeError:
+    parted = f"\n  They part at {step}" if step else ""
+    return ShapeError(
+        f"Declared and computed shapes differ.\n"
+        f"  declared: {declared}\n"
+        f"  computed: {computed}{parted}\n"
+        f"  Correct the declaration, or the step."
+    )
+
+
+def parted_at(path: Sequence[str], before: str, after: str) -> str:
+    return f"{_path(path)}: {before} -> {after}"
 
 
 def _path(path: Sequence[str]) -> str:
@@ -337,6 +473,11 @@ def _path(path: Sequence[str]) -> str:
 
 def _listing(names: Iterable[str]) -> str:
     return ", ".join(sorted(map(repr, names))) or "none"
+
+
+def _choice(names: Sequence[str]) -> str:
+    quoted = list(map(repr, names))
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
 def _count(n: int, one: str, many: str | None = None) -> str:

@@ -40,6 +40,11 @@ def expression(f: Any) -> str:
     return _render(f, WIDTH)
 
 
+def one_line(f: Any) -> str:
+    """The expression that builds a callable, on one line, however long."""
+    return _render(f, ENDLESS)
+
+
 def settings(module: nn.Module, changed: bool = True) -> list[Argument]:
     """The fields of a module that are no children: those that differ from their default, or all.
 

@@ -124,14 +124,17 @@ class Names(collections.abc.Mapping[str, Any]):
     def __len__(self) -> int:
         return sum(map(len, self._layers))
 
-    def resolve(self, annotation: Any) -> Any:
-        """The type that an annotation means: strings evaluated, aliases opened."""
+    def resolve(self, annotation: Any, *, extras: bool = False) -> Any:
+        """The type that an annotation means: strings evaluated, aliases opened.
+
+        With ``extras``, what ``Annotated`` adds to a type stays with it.
+        """
         for _ in range(_DEEPEST):
             if isinstance(annotation, typing.ForwardRef):
                 annotation = annotation.__forward_arg__
             if isinstance(annotation, str):
                 annotation = self._evaluate(annotation)
-            elif typing.get_origin(annotation) is typing.Annotated:
+            elif typing.get_origin(annotation) is typing.Annotated and not extras:
                 annotation = typing.get_args(annotation)[0]
             elif isinstance(annotation, _ALIASES):
                 annotation = annotation.__value__  # type: ignore[attr-defined]

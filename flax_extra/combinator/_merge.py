@@ -60,6 +60,10 @@ class _Arithmetic(Combinator):
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         return fold(getattr(operator, self.operation), self.n_in)
 
+    @property
+    def advice(self) -> str:
+        return _errors.advice_on_sum()
+
     def _check(self) -> None:
         check_items(self.kind, "n_in", self.n_in, least=1)
         super()._check()
@@ -98,6 +102,10 @@ class Concatenate(Combinator):
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         return fn(functools.partial(_concatenate, self.axis), n_in=self.n_in, n_out=1)
 
+    @property
+    def advice(self) -> str:
+        return _errors.advice_on_concatenate(self.axis)
+
     def _check(self) -> None:
         check_items("concatenate", "n_in", self.n_in, least=1)
         super()._check()
@@ -112,6 +120,10 @@ class Split(Combinator):
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         cut = functools.partial(_split, self.n_out, self.axis)
         return fn(cut, n_in=1, n_out=self.n_out)
+
+    @property
+    def advice(self) -> str:
+        return _errors.advice_on_split(self.n_out, self.axis)
 
     def _check(self) -> None:
         check_items("split", "n_out", self.n_out, least=1)

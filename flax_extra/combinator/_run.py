@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from flax import linen as nn
 
 from flax_extra.combinator import _errors
 from flax_extra.combinator._binding import UNBOUND, Binding
@@ -32,8 +35,52 @@ from flax_extra.combinator._stack import (
 if TYPE_CHECKING:
     from flax_extra.combinator._base import Combinator
 
-_path: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("path", default=())
-"""Where in the enclosing pipelines this one runs."""
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """A child that is about to run.
+
+    Args:
+        position: the indices of children that lead from the outermost pipeline to it.
+        path: the same for people to read.
+        child: the callable, and how it meets the stack.
+        module: the bound module whose variables it uses, if any.
+        stack: the whole stack it finds.
+        is_wiring: whether it is no child of the expression, but part of what a derived combinator
+            means, such as the ``add`` of a residual.
+    """
+
+    position: tuple[int, ...]
+    path: tuple[str, ...]
+    child: Child
+    module: nn.Module | None
+    stack: Stack
+    is_wiring: bool
+
+
+Watch: TypeAlias = Callable[[Visit, Callable[[], Stack]], Stack]
+"""Called in place of each step, with the step itself to call: it sees what goes in and out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where in the enclosing pipelines one runs, and who watches it."""
+
+    path: tuple[str, ...] = ()
+    position: tuple[int, ...] = ()
+    watch: Watch | None = None
+
+
+_place: contextvars.ContextVar[Place] = contextvars.ContextVar("place", default=Place())  # noqa: B039
+
+
+def watched(watch: Watch, f: Callable[[], Any]) -> Any:
+    """Calls ``f``; each step of the pipeline that it runs goes through ``watch``."""
+    token = _place.set(Place(watch=watch))
+    try:
+        return f()
+    finally:
+        _place.reset(token)
 
 
 class Slot:
@@ -44,6 +91,7 @@ class Slot:
         self.index = index
         self.child = child
         self.signature = child.signature
+        self.__name__ = name_of(child.target)  # in errors, what it stands for
 
     def __call__(self, *items: Any) -> Any:
         raise _errors.no_meaning(self.owner.label)
@@ -55,26 +103,31 @@ class Frame:
 
     Args:
         path: the segments from the outermost pipeline to here.
+        position: the indices of children that lead here.
         binding: which bound module stands for which child.
         context: the keywords handed to every descendant that takes them.
         n_in: how many inputs the pipeline takes, for errors.
         given: how many it was given.
+        watch: who looks at each step, if anyone does.
         derived: the derived combinator whose meaning is being run, if one is. Its wiring adds
             nothing to the path.
         operation: the childless combinator that is being run, if one is.
     """
 
     path: tuple[str, ...]
+    position: tuple[int, ...]
     binding: Binding
     context: Mapping[str, Any]
     n_in: int
     given: int
+    watch: Watch | None = None
     derived: Combinator | None = None
     operation: str | None = None
 
     def into(self, owner: Combinator, index: int) -> Frame:
-        path = (*self.path, owner.segment(index))
-        return dataclasses.replace(self, path=path, derived=None, operation=None)
+        path = (*self.path, owner.segment(index)) if owner.is_visible else self.path
+        position = (*self.position, index)
+        return dataclasses.replace(self, path=path, position=position, derived=None, operation=None)
 
     def leaf_path(self, name: str) -> tuple[str, ...]:
         if self.derived is not None and len(self.derived.children):
@@ -109,8 +162,11 @@ def run(combinator: Combinator, inputs: Stack, context: Mapping[str, Any]) -> An
         raise _errors.unknown_context(combinator.label, unknown, combinator.keywords)
     stack = flatten(inputs)
     signature = combinator.signature
+    place = _place.get()
     frame = Frame(
-        path=_path.get(),
+        path=place.path,
+        position=place.position,
+        watch=place.watch,
         binding=combinator.bound if combinator.bound is not None else UNBOUND,
         context=context,
         n_in=signature.n_in,
@@ -136,13 +192,39 @@ def evaluate(combinator: Combinator, stack: Stack, frame: Frame) -> Stack:
 
 def _step(owner: Combinator, index: int, stack: Stack, frame: Frame) -> Stack:
     child = owner.children[index]
-    if frame.derived is None and owner.is_visible:
+    if frame.derived is None:
         frame = frame.into(owner, index)
     while isinstance(child.target, Slot):
         slot = child.target
         child = slot.child
         if slot.owner is frame.derived:
             frame = frame.into(slot.owner, slot.index)
+    if frame.watch is None:
+        return _advance(child, stack, frame)
+    visit = Visit(
+        position=frame.position,
+        path=_path(child, frame),
+        child=child,
+        module=_module(child, frame),
+        stack=stack,
+        is_wiring=frame.derived is not None,
+    )
+    return frame.watch(visit, functools.partial(_advance, child, stack, frame))
+
+
+def _path(child: Child, frame: Frame) -> tuple[str, ...]:
+    structure = child.structure
+    return frame.leaf_path(name_of(child.target) if structure is None else structure.label)
+
+
+def _module(child: Child, frame: Frame) -> nn.Module | None:
+    if child.structure is not None or child.module is None:
+        return None
+    return frame.binding.find(child.module)
+
+
+def _advance(child: Child, stack: Stack, frame: Frame) -> Stack:
+    """The stack after a child: its meaning, if its layers are named out here, else its call."""
     structure = child.structure
     if structure is None:
         return _call(child, stack, frame)
@@ -157,18 +239,21 @@ def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
     path = frame.leaf_path(name_of(child.target))
     if lacks(items):
         raise _too_few(frame, path, signature, stack)
-    module = child.module
-    f = child.target if module is None else child.on(frame.binding.find(module))
-    # A combinator with a scope puts its own label on the path, at its first step.
-    inner = path[:-1] if is_combinator(child.target) else path
-    token = _path.set(inner)
+    module = _module(child, frame)
+    f = child.target if module is None else child.on(module)
+    if is_combinator(child.target):  # it puts its own label on the path, at its first step
+        place = Place(path[:-1], frame.position, frame.watch)
+    else:
+        place = Place(path)
+    token = _place.set(place)
     try:
         returned = f(*_positional(child, items), **_keywords(child, items, frame.context))
     except Exception as error:
-        _annotate(error, path, signature, stack)
+        advice = "" if frame.derived is None else frame.derived.advice
+        _annotate(error, path, signature, stack, advice)
         raise
     finally:
-        _path.reset(token)
+        _place.reset(token)
     outputs = () if returned is None and signature.n_out == 0 else flatten(returned)
     if len(outputs) != signature.n_out:
         raise _errors.wrong_n_out(
@@ -208,10 +293,13 @@ def _too_few(
     )
 
 
-def _annotate(error: Exception, path: tuple[str, ...], signature: Signature, stack: Stack) -> None:
+def _annotate(
+    error: Exception, path: tuple[str, ...], signature: Signature, stack: Stack, advice: str
+) -> None:
     """Adds where and on what, once: the innermost pipeline that sees an error knows most."""
     if isinstance(error, _errors.SignatureError) and " -> " in str(error):
         return
     notes = getattr(error, "__notes__", ())
     if not any(str(note).startswith(_errors.NOTE_PREFIX) for note in notes):
-        error.add_note(_errors.raised_in(path, str(signature), describe(stack)))
+        advice = advice or _errors.advice_on(error)
+        error.add_note(_errors.raised_in(path, str(signature), describe(stack), advice))

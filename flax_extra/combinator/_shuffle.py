@@ -117,8 +117,10 @@ def select(indices: Iterable[int], n_in: int | None = None) -> Select:
         >>> p("a", "b", "c"), str(p.signature)
         (('c', 'a', 'b', 'c'), '3 -> 4')
     """
-    if not isinstance(indices, Iterable):
-        raise _errors.not_integers("select", "indices", repr(indices))
+    try:
+        indices = tuple(indices)
+    except Exception as error:  # whatever an arbitrary object raises when it is iterated
+        raise _errors.not_integers("select", "indices", repr(indices)) from error
     return Select(indices=tuple(integer("select", "indices", i) for i in indices), n_in=n_in)
 
 

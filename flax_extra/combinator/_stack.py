@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import jax
+import jax.export
 
 from flax_extra.combinator._signature import Nesting
 
@@ -114,15 +115,22 @@ def describe_item(item: Any) -> str:
     """
     if hasattr(item, "shape") and hasattr(item, "dtype"):
         return f"{_short_dtype(item.dtype)}[{', '.join(map(str, item.shape))}]"
-    if item is None or isinstance(item, bool | int | float | complex | str):
-        return _shorten(repr(item))
+    if _is_constant(item):
+        return _shorten(str(item) if jax.export.is_symbolic_dim(item) else repr(item))
     kind = type(item).__name__
     if isinstance(item, dict):
         return f"{kind}({', '.join(f'{k!r}: {describe_item(v)}' for k, v in item.items())})"
+    if isinstance(item, list):
+        return f"{kind}({', '.join(map(describe_item, item))})"
     leaves = jax.tree_util.tree_leaves(item)
     if len(leaves) == 1 and leaves[0] is item:
         return f"{kind} object"
     return f"{kind}({', '.join(map(describe_item, leaves))})"
+
+
+def _is_constant(item: Any) -> bool:
+    is_plain = item is None or isinstance(item, bool | int | float | complex | str)
+    return is_plain or jax.export.is_symbolic_dim(item)
 
 
 def _short_dtype(dtype: Any) -> str:

@@ -74,6 +74,10 @@ def attend(
 
     Source: Vaswani et al. (2017), equation 1.
 
+    Shapes:
+        ``xn.attend``: ``f32[b, q, h, 32], f32[b, k, h, 32], f32[b, k, h, 16] -> f32[b, q,
+        16*h]``
+
     Example:
         >>> import jax.numpy as jnp
         >>> from flax_extra import layer as xn
@@ -114,6 +118,9 @@ def cross_attention_mask(
 
     Raises:
         ValueError: where a mask has other axes, or the batches differ.
+
+    Shapes:
+        ``xn.cross_attention_mask``: ``bool[b, q], bool[b, k] -> bool[b, q, k]``
 
     Example:
         >>> import jax.numpy as jnp

@@ -14,11 +14,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from flax_extra import combinator as cb
 from flax_extra.layer import _errors
 from flax_extra.layer._attend import Mask, attend, check_chunk_size, check_rate
+
+SelfMask: TypeAlias = (
+    Shaped[Array, "#batch #time #time"] | Shaped[Array, "#batch #heads #time #time"]
+)
+"""A :data:`Mask` from the positions of one sequence to themselves."""
 
 Dimension: TypeAlias = int | Callable[[Array, Array, int | None, int | None], int]
 """A number of features, or a function of (inputs_q, inputs_kv, d_qk, d_v) that gives it.
@@ -78,6 +83,10 @@ class Attention(nn.Module):
             [0, 1), or ``chunk_size`` is below 1.
 
     Source: Vaswani et al. (2017), section 3.2.2.
+
+    Shapes:
+        ``xn.Attention(n_heads=4)``: ``f32[b, q, 64], f32[b, k, 32], bool[b, q, k] -> f32[b, q,
+        64]``
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -208,6 +217,10 @@ class KVQAttention(Attention):
 
     Source: Jaegle et al., "Perceiver IO" (2021), appendix E, whose cross-attention is of this form.
 
+    Shapes:
+        ``xn.KVQAttention(n_heads=4)``: ``f32[b, q, 64], f32[b, k, 32], bool[b, q, k] -> f32[b,
+        q, 64]``
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax_extra import layer as xn
@@ -238,6 +251,9 @@ class SelfAttention(Attention):
 
     Source: Vaswani et al. (2017), section 3.2.3.
 
+    Shapes:
+        ``xn.SelfAttention(n_heads=4)``: ``f32[b, t, 64], bool[b, t, t] -> f32[b, t, 64]``
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
@@ -253,7 +269,7 @@ class SelfAttention(Attention):
     def __call__(  # type: ignore[override]
         self,
         inputs_qkv: Float[Array, "batch time features_in"],
-        mask: Mask | None,
+        mask: SelfMask | None,
         *,
         deterministic: bool | None = None,
     ) -> Float[Array, "batch time features"]:

@@ -37,6 +37,9 @@ class EmbedDecoding(nn.Module):
     Raises:
         ValueError: where the embedding is no array; at the call, where its shape does not fit.
 
+    Shapes:
+        ``xn.EmbedDecoding(jnp.zeros((256, 64)))``: ``f32[b, t, 64] -> f32[b, t, 256]``
+
     Example:
         >>> import jax
         >>> from flax import linen as nn
@@ -102,6 +105,9 @@ class Decoding(nn.Module):
 
     Raises:
         ValueError: where a constructor is none, above all where it is a module.
+
+    Shapes:
+        ``xn.Decoding(partial(nn.Dense, 10))``: ``f32[b, t, 64] -> f32[b, t, 10]``
 
     Example:
         >>> import functools, jax

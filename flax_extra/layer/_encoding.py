@@ -44,6 +44,10 @@ class Encoding(nn.Module):
     Raises:
         ValueError: where a constructor is none, above all where it is a module.
 
+    Shapes:
+        ``xn.Encoding(partial(nn.Dense, 16), partial(xn.FourierPositionEncoding, (28, 28),
+        n_bands=8))``: ``f32[b, 28, 28, 3] -> f32[b, 784, 50]``
+
     Example:
         >>> import functools, jax
         >>> from flax import linen as nn

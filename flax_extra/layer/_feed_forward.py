@@ -37,6 +37,9 @@ class FeedForward(nn.Module):
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.3; the activation is
     linen's GELU, in its tanh form: Hendrycks and Gimpel (2016), section 2.
 
+    Shapes:
+        ``xn.FeedForward(widening_factor=4)``: ``f32[b, t, 64] -> f32[b, t, 64]``
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax_extra import layer as xn

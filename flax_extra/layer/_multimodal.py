@@ -59,6 +59,11 @@ class MultimodalEncoding(nn.Module):
         ValueError: where there are no modalities, ``mask_rates`` are of another number or not from
             0 to 1, ``d_reserved`` is below 0, or a constructor is none.
 
+    Shapes:
+        ``xn.MultimodalEncoding([partial(xn.Encoding, partial(nn.Dense, 16)),
+        partial(xn.Encoding, partial(nn.Dense, 8))])``: ``list(f32[b, t, 4], f32[b, s, 2]) ->
+        f32[b, t + s, 17], list(t, s)``
+
     Example:
         >>> import functools, jax
         >>> from flax import linen as nn
@@ -172,6 +177,10 @@ class MultimodalPositionalEncoding(nn.Module):
         ValueError: where there are no modalities, ``d_reserved`` is below 0, or a constructor is
             none.
 
+    Shapes:
+        ``xn.MultimodalPositionalEncoding([partial(xn.TrainablePositionalEncoding, 20, 8),
+        partial(xn.TrainablePositionalEncoding, 1, 16)])``: ``b -> f32[b, 21, 17], list(20, 1)``
+
     Example:
         >>> import functools, jax
         >>> from flax_extra.layer import (
@@ -252,6 +261,11 @@ class MultimodalDecoding(nn.Module):
 
     Raises:
         ValueError: where there are no modalities, or a constructor is none.
+
+    Shapes:
+        ``xn.MultimodalDecoding([partial(xn.Decoding, partial(nn.Dense, 3)),
+        partial(xn.Decoding, partial(nn.Dense, 10))])``: ``f32[b, 21, 16], list(20, 1) ->
+        list(f32[b, 20, 3], f32[b, 1, 10])``
 
     Example:
         >>> import functools, jax

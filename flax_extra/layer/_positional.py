@@ -45,6 +45,9 @@ class TrainablePositionalEncoding(nn.Module):
     Raises:
         ValueError: where ``seqlen`` or ``dimension`` is below 1.
 
+    Shapes:
+        ``xn.TrainablePositionalEncoding(256, 64)``: ``b -> f32[b, 256, 64]``
+
     Example:
         >>> import jax
         >>> from flax_extra.layer import TrainablePositionalEncoding
@@ -119,6 +122,9 @@ class FourierPositionEncoding(nn.Module):
     Raises:
         ValueError: where an axis or ``n_bands`` is below 1, ``max_resolution`` has other axes than
             ``seqshape``, or the lower bound is not below the upper.
+
+    Shapes:
+        ``xn.FourierPositionEncoding((28, 28), n_bands=8)``: ``b -> f32[b, 784, 34]``
 
     Example:
         >>> from flax_extra.layer import FourierPositionEncoding
@@ -233,6 +239,9 @@ class TrainablePositionalPadding(nn.Module):
         dtype: of the result; what inputs and parameter promote to where it is None.
         param_dtype: of the parameter.
 
+    Shapes:
+        ``xn.TrainablePositionalPadding(d_max=64)``: ``f32[b, t, 32] -> f32[b, t, 64]``
+
     Example:
         >>> import jax
         >>> from flax_extra.layer import TrainablePositionalPadding
@@ -296,6 +305,9 @@ class TrainablePositionalMasking(nn.Module):
     Raises:
         ValueError: where ``rate`` is not from 0 to 1.
 
+    Shapes:
+        ``xn.TrainablePositionalMasking(rate=0.5)``: ``f32[b, t, 64] -> f32[b, t, 64]``
+
     Example:
         >>> import jax
         >>> from flax_extra.layer import TrainablePositionalMasking
@@ -358,7 +370,12 @@ def _axis_tables(
     The barrier keeps XLA from computing them again, in another way, inside of what reads them:
     rows of a subset are the bits of the whole grid.
     """
-    coordinates = jnp.linspace(*bounds, size, endpoint=endpoint, dtype=jnp.float32)[:, None]
+    lower, upper = bounds
+    steps = max(size - endpoint, 1)
+    index = jnp.arange(size, dtype=jnp.float32)[:, None]
+    # As few roundings as can be, for high frequencies multiply the error: of whole bounds the
+    # numerator is exact.
+    coordinates = (lower * (steps - index) + upper * index) / steps
     bands = np.linspace(1, resolution / 2, n_bands, dtype=np.float32)[None, :]
     phases = np.float32(np.pi) * (coordinates * bands)
     tables = coordinates, jnp.sin(phases), jnp.cos(phases)

@@ -46,6 +46,10 @@ class LSTMCell(nn.LSTMCell):
     Source: Gers et al. (2000), section 3; the weights and their names are those of
     ``flax.linen.LSTMCell``.
 
+    Shapes:
+        ``xn.LSTMCell()``: ``f32[b, 64], f32[b, 64], f32[b, 32] -> f32[b, 64], f32[b, 64],
+        f32[b, 64]``
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax_extra import combinator as cb, layer as xn
@@ -130,6 +134,9 @@ class LSTM(nn.Module):
         ValueError: where ``d_hidden`` is below 1.
 
     Source: Gers et al., "Learning to Forget" (2000), section 3.
+
+    Shapes:
+        ``xn.LSTM(64)``: ``f32[b, t, 32] -> f32[b, 64]``
 
     Example:
         >>> import jax, jax.numpy as jnp

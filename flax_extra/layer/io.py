@@ -79,6 +79,11 @@ def input_encoding(
         ValueError: where there are no modalities, or one is neither fields nor a constructor; when
             it is called, as the layers say.
 
+    Shapes:
+        ``io.input_encoding({'preprocessing': partial(nn.Dense, 16)}, {'preprocessing':
+        partial(nn.Dense, 8)})()``: ``list(f32[b, t, 4], f32[b, s, 2]) -> f32[b, t + s, 17],
+        list(t, s)``
+
     Example:
         >>> from flax_extra.layer import io
         >>> type(io.input_encoding({})()).__name__, type(io.input_encoding({}, {})()).__name__
@@ -119,6 +124,10 @@ def target_encoding(
         ValueError: where there are no modalities, or one is neither fields nor a constructor; when
             it is called, as the layers say.
 
+    Shapes:
+        ``io.target_encoding({'preprocessing': partial(nn.Dense, 16)})()``: ``f32[b, t, 4] ->
+        f32[b, t, 16]``
+
     Example:
         >>> import jax
         >>> from flax_extra.layer import io
@@ -152,6 +161,10 @@ def query_encoding(
     Raises:
         ValueError: where there are no modalities, or one is no constructor; when it is called, as
             the layers say.
+
+    Shapes:
+        ``io.query_encoding(partial(xn.TrainablePositionalEncoding, 20, 8))()``: ``b -> f32[b,
+        20, 8]``
 
     Example:
         >>> import functools
@@ -189,6 +202,11 @@ def output_decoding(
     Raises:
         ValueError: where there are no modalities, one is neither fields nor a constructor, or a
             single one is given a decoder to share; when it is called, as the layers say.
+
+    Shapes:
+        ``io.output_decoding({'embedding_decoding': partial(nn.Dense, 3)},
+        {'embedding_decoding': partial(nn.Dense, 10)})()``: ``f32[b, 21, 16], list(20, 1) ->
+        list(f32[b, 20, 3], f32[b, 1, 10])``
 
     Example:
         >>> import functools, jax

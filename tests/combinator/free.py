@@ -1,4 +1,4 @@
-"""Generated pipelines over a free algebra.
+"""A free algebra, for pipelines that are generated over it.
 
 Functions and layers return terms that record what was called on what, so two pipelines mean the
 same exactly when their terms are equal. A layer's term tells which of its parameters it used.
@@ -6,7 +6,7 @@ same exactly when their terms are equal. A layer's term tells which of its param
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from flax import linen as nn
 from hypothesis import strategies as st
 
 from flax_extra import combinator as cb
+from flax_extra import testing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,91 +97,29 @@ fresh_layers = st.builds(
 )
 
 
-def one_output(p: Any) -> cb.Combinator:
-    """The pipeline, with its outputs merged into one, or one made up."""
-    n_out = cb.infer_signature(p).n_out
-    return cb.serial(p, Function("merge", cb.Signature(n_out, 1)))
-
-
-def with_n_in(p: Any, n_in: int) -> cb.Combinator:
-    """The pipeline, changed to take ``n_in`` items."""
-    taken = cb.infer_signature(p).n_in
-    if n_in >= taken:
-        return cb.parallel(p, cb.identity(n_in - taken))
+def with_n_in(p: Any, n_in: int) -> Any:
+    """The pipeline, changed to take ``n_in`` items; of none, it is given some made up."""
     if n_in == 0:
-        return cb.serial(Function("source", cb.Signature(0, taken)), p)
-    return cb.serial(cb.select([i % n_in for i in range(taken)], n_in=n_in), p)
+        source = Function("source", cb.Signature(0, cb.infer_signature(p).n_in))
+        return cb.serial(source, p)
+    return testing.with_n_in(p, n_in)
 
 
-def not_growing(p: Any) -> cb.Combinator:
-    """The pipeline, without the outputs that are more than its inputs."""
-    signature = cb.infer_signature(p)
-    surplus = max(0, signature.n_out - signature.n_in)
-    return cb.serial(p, cb.drop(surplus)) if surplus else cb.serial(p)
-
-
-def _several(build: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda parts: build(*parts)
-
-
-def _extend(parts: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    several = st.lists(parts, max_size=4)
-    small = st.integers(0, 3)
-    return st.one_of(
-        several.map(_several(cb.serial)),
-        several.map(_several(cb.parallel)),
-        several.map(_several(cb.branch)),
-        st.tuples(parts, parts).map(lambda fg: cb.fn(fg[0]) >> fg[1]),
-        st.tuples(parts, parts).map(lambda fg: cb.fn(fg[0]) @ fg[1]),
-        st.tuples(parts, parts).map(lambda fg: cb.fn(fg[0]) & fg[1]),
-        st.tuples(parts, parts).map(
-            lambda fg: cb.serial(cb.branch(one_output(fg[0]), one_output(fg[1])), _merge(2))
-        ),
-        st.tuples(parts, small).map(
-            lambda fn: cb.keep(fn[0], min(fn[1], cb.infer_signature(fn[0]).n_in))
-        ),
-        st.tuples(parts, small).map(lambda fn: cb.dip(*fn)),
-    )
-
-
-def _merge(n_in: int) -> Function:
-    return Function("merge", cb.Signature(n_in, 1))
-
-
-shuffles = st.one_of(
-    st.builds(cb.identity, st.integers(0, 3)),
-    st.builds(cb.dup, st.integers(0, 2)),
-    st.builds(cb.drop, st.integers(0, 2)),
-    st.just(cb.swap()),
-    st.builds(
-        lambda indices, n_in: cb.select(indices, n_in=n_in),
-        st.lists(st.integers(0, 4), max_size=4),
-        st.none() | st.integers(0, 5),
-    ),
-)
-
-folds = st.builds(
-    lambda name, n: cb.fold(Function(name, cb.Signature(2, 1)), n),
-    st.sampled_from("fg"),
-    st.integers(1, 3),
-)
-
-
-@st.composite
-def pipelines(draw: st.DrawFn, layers: st.SearchStrategy[Any] | None = None, max_leaves: int = 6):
-    """A pipeline of functions and layers. Some layers are one instance, used more than once."""
-    shared = draw(st.lists(fresh_layers, min_size=1, max_size=2))
-    leaves = st.one_of(
-        functions,
-        layers if layers is not None else fresh_layers,
-        st.sampled_from(shared),
-        shuffles,
-        folds,
-    )
-    expressions = st.recursive(leaves, _extend, max_leaves=max_leaves)
+def pipelines(
+    layers: st.SearchStrategy[Any] | None = None, combinators: Iterable[str] = testing.SHUFFLING
+) -> st.SearchStrategy[cb.Combinator]:
+    """Pipelines of functions and layers. Some layers are one instance, used more than once."""
+    shared = st.shared(fresh_layers, key="free")
+    leaves = st.one_of(functions, fresh_layers if layers is None else layers, shared)
+    parts = testing.pipelines(leaves=leaves, combinators=combinators, max_depth=2)
     # Four levels at least, whatever the drawn parts are.
-    a, b, c = draw(expressions), draw(expressions), draw(expressions)
-    return cb.serial(a, cb.branch(b, cb.parallel(c, cb.serial(draw(leaves)))))
+    return st.builds(
+        lambda a, b, c, leaf: cb.serial(a, cb.branch(b, cb.parallel(c, cb.serial(leaf)))),
+        parts,
+        parts,
+        parts,
+        leaves,
+    )
 
 
 def numbered_layers() -> st.SearchStrategy[Layer]:
@@ -191,8 +130,12 @@ def numbered_layers() -> st.SearchStrategy[Layer]:
     )
 
 
+def items_of(p: Any, n_extra: int = 0) -> list[str]:
+    """Distinct items for a pipeline, and ``n_extra`` more beneath."""
+    return [f"x{i}" for i in range(p.signature.n_in + n_extra)]
+
+
 def run(p: Any, n_extra: int = 0) -> tuple[Any, Any]:
-    """What a pipeline gives on distinct items, with ``n_extra`` more beneath, and its parameters."""
-    items = [f"x{i}" for i in range(p.signature.n_in + n_extra)]
-    output, variables = p.init_with_output(KEY, *items)
+    """What a pipeline gives on its items, with ``n_extra`` more beneath, and its parameters."""
+    output, variables = p.init_with_output(KEY, *items_of(p, n_extra))
     return output, jax.tree.map(lambda x: x if isinstance(x, Path) else x.tolist(), variables)

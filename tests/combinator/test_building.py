@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from flax_extra import combinator as cb
 
@@ -248,6 +248,7 @@ builders = st.sampled_from(
 
 @settings(max_examples=1000)
 @given(builders, objects, objects)
+@example(lambda x, y: cb.select(x), HostileIterable(), None)
 def test_building_from_anything_raises_nothing_but_our_errors(build, x, y):
     try:
         build(x, y)

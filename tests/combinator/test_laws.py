@@ -5,50 +5,28 @@ import pytest
 from hypothesis import given
 
 from flax_extra import combinator as cb
+from flax_extra import testing
 from flax_extra.combinator._stack import flatten
 from tests.combinator import free
 
 pipelines = free.pipelines()
 
 
-def same(p, q):
-    """The two mean the same: outputs, parameter tree and initial values."""
-    assert p.signature == q.signature
-    assert free.run(p) == free.run(q)
+def same(p, q, law="the law"):
+    testing.assert_same_meaning(p, q, *free.items_of(p), law=law)
 
 
-@given(pipelines)
-def test_identity_is_neutral_for_serial(p):
-    same(cb.identity(p.signature.n_in) >> p, p)
-    same(p >> cb.identity(p.signature.n_out), p)
-    same(cb.serial() >> p, p)
-    same(p @ cb.serial(), p)
-
-
-@given(pipelines, pipelines, pipelines)
-def test_serial_is_associative(p, q, r):
-    same(cb.serial(p, cb.serial(q, r)), cb.serial(cb.serial(p, q), r))
-    same(cb.serial(p, cb.serial(q, r)), cb.serial(p, q, r))
-    same(cb.serial(p, q, r), p >> q >> r)
-
-
-@given(pipelines, pipelines, pipelines)
-def test_parallel_is_associative(p, q, r):
-    same(cb.parallel(p, cb.parallel(q, r)), cb.parallel(cb.parallel(p, q), r))
-    same(cb.parallel(p, q, r), p @ q @ r)
-
-
-@given(pipelines, pipelines, pipelines)
-def test_branch_is_associative(p, q, r):
-    same(cb.branch(p, cb.branch(q, r)), cb.branch(cb.branch(p, q), r))
-    same(cb.branch(p, q, r), p & q & r)
+@pytest.mark.parametrize("law", testing.LAWS, ids=lambda law: law.name)
+@given(data=st.data())
+def test_generated_pipelines_obey(law, data):
+    for left, right in law.sides(*(data.draw(pipelines) for _ in range(law.n))):
+        same(left, right, law.name)
 
 
 @given(st.data())
 def test_interchange(data):
-    parts = free.pipelines(layers=free.numbered_layers(), max_leaves=6)
-    layers_apart = {"layers": free.numbered_layers(), "max_leaves": 6}
-    f, g = data.draw(parts), data.draw(free.pipelines(**layers_apart))
+    parts = free.pipelines(layers=free.numbered_layers())
+    f, g = data.draw(parts), data.draw(free.pipelines(layers=free.numbered_layers()))
     h = free.with_n_in(data.draw(parts), f.signature.n_out)
     k = free.with_n_in(data.draw(parts), g.signature.n_out)
     left, right = (f @ g) >> (h @ k), (f >> h) @ (g >> k)
@@ -106,40 +84,15 @@ def test_select_reads_deeper_than_it_pops(read, n_in, n_extra):
     assert flatten(p(*items)) == tuple(read) + items[n_in:]
 
 
-@given(pipelines, pipelines, pipelines)
-def test_branch_is_select_then_parallel(p, q, r):
-    fs = (p, q, r)
-    spans = [i for f in fs for i in range(f.signature.n_in)]
-    n_in = max(f.signature.n_in for f in fs)
-    same(cb.branch(*fs), cb.select(spans, n_in=n_in) >> cb.parallel(*fs))
-
-
 @given(pipelines, pipelines)
 def test_residual_is_branch_then_add(p, q):
-    body, shortcut = free.one_output(p), free.one_output(q)
+    body, shortcut = testing.with_one_output(p), testing.with_one_output(q)
     plus = free.Function("+", cb.Signature(2, 1))
     derived = cb.residual(body, shortcut=shortcut)
     assert derived.signature == (cb.branch(body, shortcut) >> cb.add()).signature
     # Terms cannot be added, so the sum is checked on the derived expression with its last step swapped.
     meaning = derived.expand(body, shortcut)
     same(meaning[:-1] >> plus, cb.branch(cb.serial(body), shortcut) >> plus)
-
-
-@given(pipelines, st.integers(0, 3))
-def test_dip_is_parallel_under_identity(p, n):
-    same(cb.dip(p, n), cb.identity(n) @ p)
-
-
-@given(pipelines, st.data())
-def test_keep_gives_the_last_inputs_again(p, data):
-    n_in = p.signature.n_in
-    n = data.draw(st.integers(0, n_in))
-    kept = cb.keep(p, n)
-    assert (kept.signature.n_in, kept.signature.n_out) == (n_in, p.signature.n_out + n)
-    output, variables = free.run(kept)
-    plain, plain_variables = free.run(p)
-    assert flatten(output) == flatten(plain) + tuple(f"x{i}" for i in range(n_in - n, n_in))
-    assert variables == plain_variables
 
 
 @given(pipelines, st.integers(0, 3))
@@ -180,8 +133,5 @@ def test_signature_is_inferred_from_the_pipeline_itself(p):
 
 
 @given(pipelines)
-def test_a_pipeline_is_the_serial_of_its_parts(p):
-    same(cb.serial(*p), p)
-    for cut in range(len(p) + 1):
-        assert type(p[:cut]) is cb.Serial
-        same(p[:cut] >> p[cut:], p)
+def test_slices_of_a_serial_are_serial(p):
+    assert all(type(p[:cut]) is cb.Serial for cut in range(len(p) + 1))

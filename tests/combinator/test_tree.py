@@ -196,9 +196,7 @@ def seeded(signature):
 
 
 @given(
-    st.lists(
-        free.pipelines(layers=st.sampled_from(free.ARITIES).map(seeded), max_leaves=4), max_size=3
-    ),
+    st.lists(free.pipelines(layers=st.sampled_from(free.ARITIES).map(seeded)), max_size=3),
     st.data(),
 )
 def test_regrouping_and_insertion_change_no_bit(parts, data):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from flax_extra import layer as xn
 
@@ -36,6 +37,8 @@ class Entry:
         param_shapes: the golden parameter tree, a documented API; empty where there are none.
         repeatable: whether the first output has the shape of the first input, for ``cb.repeat``.
         rngs: the names of the rng streams that a call needs, other than ``params``.
+        shapes: what ``testing.check_shapes`` is told beyond the annotations: sizes that the fields
+            of ``make`` restrict, dtypes, constants. None for a variant of what is checked already.
     """
 
     name: str
@@ -45,6 +48,15 @@ class Entry:
     param_shapes: Mapping[str, Any]
     repeatable: bool = False
     rngs: tuple[str, ...] = ()
+    shapes: Mapping[str, Any] | None = None
+
+
+HEADS = {"heads": 2}
+PAIRED = st.sampled_from([2, 4])
+"""Features that two heads can share."""
+
+MASKS = {"mask": ("bool", "int32")}
+"""Their annotations leave open what a mask is made of; floats are refused."""
 
 
 def sequence(*shape: int, seed: int = 0) -> np.ndarray:
@@ -80,6 +92,7 @@ LAYER_ENTRIES = [
         ),
         output_shapes=(2, 3, 10),
         param_shapes={},
+        shapes={"dtypes": MASKS},
     ),
     Entry(
         name="attend: mask",
@@ -99,6 +112,7 @@ LAYER_ENTRIES = [
         inputs=lambda: (np.array([[1, 1, 0]]), np.array([[1, 0]])),
         output_shapes=(1, 3, 2),
         param_shapes={},
+        shapes={},
     ),
     Entry(
         name="Attention",
@@ -112,6 +126,7 @@ LAYER_ENTRIES = [
             "out": _dense(4, 4),
         },
         repeatable=True,
+        shapes={"sizes": {"features_q": PAIRED, **HEADS}, "dtypes": MASKS},
     ),
     Entry(
         name="Attention: dropout",
@@ -153,6 +168,7 @@ LAYER_ENTRIES = [
             "out": _dense(6, 4),
         },
         repeatable=True,
+        shapes={"sizes": {"features_kv": PAIRED, **HEADS}, "dtypes": MASKS},
     ),
     Entry(
         name="SelfAttention",
@@ -166,6 +182,7 @@ LAYER_ENTRIES = [
             "out": _dense(6, 6),
         },
         repeatable=True,
+        shapes={"sizes": {"features_in": PAIRED, **HEADS}, "dtypes": MASKS},
     ),
     Entry(
         name="FeedForward",
@@ -174,6 +191,7 @@ LAYER_ENTRIES = [
         output_shapes=(2, 5, 4),
         param_shapes={"Dense_0": _dense(4, 12), "Dense_1": _dense(12, 4)},
         repeatable=True,
+        shapes={},
     ),
     Entry(
         name="LSTMCell",
@@ -181,6 +199,7 @@ LAYER_ENTRIES = [
         inputs=lambda: ((sequence(2, 4), sequence(2, 4, seed=1)), sequence(2, 3, seed=2)),
         output_shapes=(((2, 4), (2, 4)), (2, 4)),
         param_shapes=_cell(3, 4),
+        shapes={},
     ),
     Entry(
         name="LSTM",
@@ -188,6 +207,7 @@ LAYER_ENTRIES = [
         inputs=lambda: (sequence(2, 5, 3),),
         output_shapes=(2, 4),
         param_shapes={"Scan_0": {"LSTMCell_0": _cell(3, 4)}},
+        shapes={},
     ),
     Entry(
         name="LSTM: return_sequences, reverse",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from flax import linen as nn
+from jax import Array
+from jaxtyping import Float, Integer
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
@@ -15,6 +17,10 @@ from tests.layer.entries import Dtypes, Entry, sequence
 
 EMBEDDING = np.linspace(-1, 1, 21, dtype=np.float32).reshape(7, 3)
 """A table that embeds 7 tokens with 3 features each."""
+
+
+BATCH = Annotated[int, "batch"]
+IMAGE_AND_LABEL = [Float[Array, "batch 2 3 pixels"], Integer[Array, "batch 1"]]
 
 
 def _dense(d_in: int, d_out: int) -> dict[str, Any]:
@@ -89,6 +95,7 @@ MULTIMODAL_ENTRIES: list[Entry] = [
         inputs=lambda: (2,),
         output_shapes=(2, 5, 3),
         param_shapes={"positional_encoding": (5, 3)},
+        shapes={"annotations": {"batch_size": BATCH, "output_positions": None}},
     ),
     Entry(
         name="FourierPositionEncoding",
@@ -96,6 +103,7 @@ MULTIMODAL_ENTRIES: list[Entry] = [
         inputs=lambda: (2,),
         output_shapes=(2, 6, 14),
         param_shapes={},
+        shapes={"annotations": {"batch_size": BATCH}},
     ),
     Entry(
         name="FourierPositionEncoding: positions",
@@ -110,6 +118,7 @@ MULTIMODAL_ENTRIES: list[Entry] = [
         inputs=lambda: (sequence(2, 5, 3),),
         output_shapes=(2, 5, 8),
         param_shapes={"padding": (1, 5)},
+        shapes={},
     ),
     Entry(
         name="TrainablePositionalMasking",
@@ -119,6 +128,7 @@ MULTIMODAL_ENTRIES: list[Entry] = [
         param_shapes={"mask": (1, 3)},
         repeatable=True,
         rngs=("masking",),
+        shapes={},
     ),
     Entry(
         name="Encoding",
@@ -126,6 +136,10 @@ MULTIMODAL_ENTRIES: list[Entry] = [
         inputs=lambda: (sequence(2, 2, 3, 3),),
         output_shapes=(2, 6, 18),
         param_shapes=ENCODED_IMAGE,
+        shapes={
+            "annotations": {"inputs": Float[Array, "batch 2 3 features_in"]},
+            "sizes": {"features": 18},
+        },
     ),
     Entry(
         name="EmbedDecoding",
@@ -133,6 +147,7 @@ MULTIMODAL_ENTRIES: list[Entry] = [
         inputs=lambda: (sequence(2, 5, 3),),
         output_shapes=(2, 5, 7),
         param_shapes={"bias": (7,)},
+        shapes={},
     ),
     Entry(
         name="Decoding",
@@ -141,6 +156,7 @@ MULTIMODAL_ENTRIES: list[Entry] = [
         output_shapes=(2, 5, 3),
         param_shapes={"embedding_decoder": _dense(3, 3)},
         repeatable=True,
+        shapes={},
     ),
     Entry(
         name="MultimodalEncoding",
@@ -154,6 +170,7 @@ MULTIMODAL_ENTRIES: list[Entry] = [
         output_shapes=((2, 7, 20), [6, 1]),
         param_shapes={**ENCODED, "masking_1": {"mask": (1, 20)}},
         rngs=("masking",),
+        shapes={"annotations": {"multimodal_inputs": IMAGE_AND_LABEL}},
     ),
     Entry(
         name="MultimodalPositionalEncoding",
@@ -161,6 +178,7 @@ MULTIMODAL_ENTRIES: list[Entry] = [
         inputs=lambda: (2,),
         output_shapes=((2, 7, 15), [6, 1]),
         param_shapes=QUERIES,
+        shapes={"annotations": {"batch_size": BATCH}},
     ),
     Entry(
         name="MultimodalDecoding",
@@ -168,6 +186,13 @@ MULTIMODAL_ENTRIES: list[Entry] = [
         inputs=lambda: (sequence(2, 7, 4), [6, 1]),
         output_shapes=[(2, 2, 3, 4), (2, 1, 5)],
         param_shapes=DECODED,
+        shapes={
+            "annotations": {
+                "outputs": Float[Array, "batch 7 features"],
+                "seqlen_outputs": [6, 1],
+                "return": [Float[Array, "batch 2 3 features"], Float[Array, "batch 1 5"]],
+            }
+        },
     ),
     Entry(
         name="io.input_encoding",

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
+from flax_extra import testing
 from tests.layer.entries import LAYER_ENTRIES, Entry, sequence
 from tests.layer.multimodal_entries import MULTIMODAL_ENTRIES
 
@@ -61,6 +62,19 @@ def test_shapes_are_known_without_arrays(entry: Entry) -> None:
     run = _runner(entry, entry.make({}))
     found = jax.eval_shape(run, _params(entry), _arrays(entry))
     assert _shapes(found) == _shapes(_leaves(_outputs(entry)))
+
+
+@pytest.mark.parametrize(
+    "entry", [e for e in ENTRIES if e.shapes is not None], ids=lambda entry: entry.name
+)
+def test_shapes_are_as_annotated(entry: Entry) -> None:
+    testing.check_shapes(entry.make({}), max_size=3, **(entry.shapes or {}))
+
+
+def test_every_public_layer_is_held_against_its_annotations() -> None:
+    checked = {entry.name for entry in ENTRIES if entry.shapes is not None}
+    layers = {name: getattr(xn, name) for name in xn.__all__ if callable(getattr(xn, name))}
+    assert {id(layers[name]) for name in checked} == set(map(id, layers.values()))
 
 
 @every_entry

@@ -100,8 +100,16 @@ def test_fourier_at_imagenet_size() -> None:
     coordinates = grid(seqshape, (-1.0, 1.0))
     expected = np.concatenate([coordinates, *fourier(coordinates, seqshape, 64)], axis=1)
     encoded = xn.FourierPositionEncoding(seqshape, 64)(1)[0]
-    # A float32 coordinate is off by 1.2e-7 at most, and the highest phase is 112 pi times that.
-    np.testing.assert_allclose(encoded, expected, atol=1.2e-4)
+    # A coordinate is off by 9e-8 at most, and the highest phase is 112 pi times that.
+    np.testing.assert_allclose(encoded, expected, atol=6e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 56, 224, 1920])
+def test_fourier_coordinates_are_next_to_those_of_the_formula(size: int) -> None:
+    coordinates = xn.FourierPositionEncoding((size,), 1)(1)[0, :, 0]
+    np.testing.assert_array_max_ulp(
+        np.asarray(coordinates), np.linspace(-1, 1, size).astype(np.float32), maxulp=1
+    )
 
 
 @settings(deadline=None, max_examples=8)

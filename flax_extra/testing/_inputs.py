@@ -1,0 +1,301 @@
+"""Inputs that a callable's declaration allows: sizes are drawn, and arrays of those sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.errors import InvalidArgument
+from hypothesis.extra import numpy as hnp
+
+from flax_extra import combinator as cb
+from flax_extra.combinator._inference import name_of
+from flax_extra.combinator._specs import abstract, names_in, with_sizes
+from flax_extra.combinator._stack import regroup
+from flax_extra.testing import _errors
+from flax_extra.testing._annotations import (
+    AnyNumberOf,
+    ArrayOf,
+    Declaration,
+    Declared,
+    Fixed,
+    Group,
+    Number,
+    OneOf,
+    declaration_of,
+    drawable,
+)
+from flax_extra.testing._axes import Size, Sizes, shape_of
+
+SizeOf: TypeAlias = int | st.SearchStrategy[int]
+Dtypes: TypeAlias = str | Sequence[str]
+
+SHAPE = (2, 3, 4)
+"""The shape of items of which nothing is known: batch, time, features."""
+
+MOST_AXES = 2
+"""How many axes a variadic one stands for at most."""
+
+USUAL = ("float32", "int32", "bool", "complex64")
+"""The dtypes that are drawn where an annotation allows several, the first of these it allows."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of a call, arrays as their shapes, and the sizes that they have."""
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    sizes: Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user says of the calls to draw."""
+
+    sizes: Mapping[str, SizeOf]
+    dtypes: Mapping[str, Dtypes]
+    max_size: int
+
+    def check(self, declaration: Declaration) -> None:
+        """Refuses names that the declaration does not have, and sizes that are none."""
+        parameters = frozenset(parameter.name for parameter in declaration.parameters)
+        self.check_names(declaration.name, declaration.axes, parameters)
+
+    def check_names(self, f: str, axes: frozenset[str], parameters: frozenset[str]) -> None:
+        """Refuses names that are of no axis or parameter, and sizes that are none."""
+        for what, names, known in (
+            ("the size", self.sizes.keys(), axes),
+            ("the dtype", self.dtypes.keys(), parameters),
+        ):
+            unknown = set(names) - known
+            if unknown:
+                raise _errors.unknown_names(f, what, unknown, known)
+        for name, size in self.sizes.items():
+            is_size = isinstance(size, int) and not isinstance(size, bool)
+            if not is_size and not isinstance(size, st.SearchStrategy):
+                raise _errors.not_a_size(f, name, repr(size))
+
+    def size_of(self, name: str) -> st.SearchStrategy[int]:
+        """The sizes of an axis."""
+        given = self.sizes.get(name, st.integers(1, self.max_size))
+        return given if isinstance(given, st.SearchStrategy) else st.just(given)
+
+
+@st.composite
+def calls(draw: st.DrawFn, declaration: Declaration, options: Options) -> Call:
+    """A call that the declaration allows."""
+    drawn = _Drawn(draw, options, dict(declaration.known), declaration.scope)
+    arguments: list[Any] = []
+    keywords: dict[str, Any] = {}
+    for parameter in declaration.parameters:
+        if parameter.optional and not draw(st.booleans()):
+            continue
+        value = drawn.value(parameter.declared, declaration.name, parameter.name)
+        if parameter.by_keyword:
+            keywords[parameter.name] = value
+        else:
+            arguments.append(value)
+    return Call(tuple(arguments), keywords, drawn.sizes)
+
+
+class _Drawn:
+    """Draws the values of one call: a name keeps the size that it was drawn with."""
+
+    def __init__(
+        self, draw: st.DrawFn, options: Options, sizes: Sizes, scope: Mapping[str, Any]
+    ) -> None:
+        self.draw = draw
+        self.options = options
+        self.sizes = sizes
+        self.scope = scope
+
+    def value(self, declared: Declared, f: str, name: str) -> Any:
+        if isinstance(declared, Fixed):
+            return declared.value
+        if isinstance(declared, ArrayOf):
+            dtype = self._dtype(declared, f, name)
+            shape = shape_of(declared.axes, self._size, self._is_one, self.scope)
+            return _shape(shape, dtype)
+        if isinstance(declared, Number):
+            return shape_of((declared.axis,), self._size, self._is_one, self.scope)[0]
+        if isinstance(declared, OneOf):
+            chosen = self.draw(st.sampled_from(_simplest_first(declared)))
+            return self.value(chosen, f, name)
+        if isinstance(declared, Group):
+            return declared.kind(self.value(part, f, name) for part in declared.parts)
+        if isinstance(declared, AnyNumberOf):
+            n = self.draw(st.integers(0, 3))
+            return declared.kind(self.value(declared.part, f, name) for _ in range(n))
+        raise _errors.no_shape(f, name, declared.text)  # drawable() has refused it before
+
+    def _size(self, name: str) -> Size:
+        if name in self.sizes:
+            return self.sizes[name]
+        size = self.options.size_of(name)
+        drawn: Size
+        if name.startswith("*"):
+            drawn = tuple(self.draw(st.lists(size, max_size=MOST_AXES)))
+        else:
+            drawn = self.draw(size)
+        if name not in ("_", "*_"):
+            self.sizes[name] = drawn
+        return drawn
+
+    def _is_one(self) -> bool:
+        return self.draw(st.booleans())
+
+    def _dtype(self, declared: ArrayOf, f: str, name: str) -> np.dtype[Any]:
+        asked = self.options.dtypes.get(name)
+        if asked is not None:
+            several = [asked] if isinstance(asked, str) else list(asked)
+            return jnp.dtype(
+                several[0] if len(several) == 1 else self.draw(st.sampled_from(several))
+            )
+        allowed = [d for d in USUAL if declared.dtypes is None or d in declared.dtypes]
+        found = allowed or [d for d in declared.dtypes or () if _is_dtype(d)]
+        if not found:
+            raise _errors.no_strategy_for(f, name, declared.dtypes or ())
+        return jnp.dtype(found[0])
+
+
+def _simplest_first(declared: OneOf) -> list[Declared]:
+    """The alternatives, absent before present, for hypothesis shrinks towards the first."""
+    return sorted(declared.alternatives, key=lambda part: not isinstance(part, Fixed))
+
+
+def _is_dtype(name: str) -> bool:
+    try:
+        return jnp.dtype(name).kind in "fiubcV"
+    except TypeError:
+        return False
+
+
+def arrays_like(values: Any) -> st.SearchStrategy[Any]:
+    """Arrays in the place of shapes; what is no shape stays as it is."""
+    leaves, tree = jax.tree.flatten(values)
+    drawn = [_array(leaf) if _is_shape(leaf) else st.just(leaf) for leaf in leaves]
+    return st.tuples(*drawn).map(lambda arrays: jax.tree.unflatten(tree, arrays))
+
+
+def _shape(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    like: jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+    return like
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _array(like: jax.ShapeDtypeStruct) -> st.SearchStrategy[np.ndarray[Any, Any]]:
+    kind = like.dtype.kind
+    if kind == "b":
+        elements: st.SearchStrategy[Any] = st.booleans()
+    elif kind in "iu":
+        elements = st.integers(0, 3)  # few enough to be tokens of any vocabulary
+    else:
+        elements = st.integers(-8, 8).map(lambda eighths: eighths / 4)
+    filled = hnp.arrays(
+        np.dtype(bool) if kind == "b" else np.float64, like.shape, elements=elements
+    )
+    return filled.map(lambda array: array.astype(like.dtype))
+
+
+def inputs_for(
+    f: Callable[..., Any],
+    *,
+    specs: Sequence[Any] | None = None,
+    annotations: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, SizeOf] | None = None,
+    dtypes: Mapping[str, Dtypes] | None = None,
+    max_size: int = 5,
+    shape: tuple[int, ...] = SHAPE,
+) -> st.SearchStrategy[tuple[Any, ...]]:
+    """Inputs that a callable can be called with.
+
+    They are as the specs say, where those are given or ``f`` is a ``cb.typed``.
+    Where each required parameter of ``f`` has a jaxtyping annotation, they are as those say. A size
+    is drawn for each name of an axis. Otherwise they are floating point arrays, as many as its
+    signature says, all of one shape.
+
+    Args:
+        f: a function, a linen module, a combinator or any other callable.
+        specs: for each item that ``f`` takes a spec such as ``"f32[b, t, 64]"``, an array or
+            ``jax.ShapeDtypeStruct`` to resemble, or None for an absent one.
+        annotations: annotations by parameter, in place of those that ``f`` has.
+        sizes: for names of axes a size, or a strategy of sizes.
+        dtypes: for names of parameters a dtype, or several to draw from, where the annotation
+            leaves it open.
+        max_size: the largest size that is drawn for an axis of which nothing is said.
+        shape: the shape of items of which nothing is known.
+
+    Returns:
+        A strategy of tuples: the positional arguments of a call.
+
+    Raises:
+        InvalidArgument: where a name is not among the annotations, a size is none, or specs are
+            not one for each item.
+
+    Example:
+        >>> from flax_extra import combinator as cb, layer as xn, testing
+        >>> from hypothesis import given, settings
+        >>> @settings(deadline=None)
+        ... @given(testing.inputs_for(xn.cross_attention_mask))
+        ... def test_is_an_outer_product(masks):
+        ...     mask_q, mask_kv = masks
+        ...     mask = xn.cross_attention_mask(mask_q, mask_kv)
+        ...     assert mask.shape == (*mask_q.shape, mask_kv.shape[1])
+        >>> test_is_an_outer_product()
+    """
+    options = Options(sizes or {}, dtypes or {}, max_size)
+    if specs is None and isinstance(f, cb.Typed):
+        specs = cb.ShapeSignature.parse(f.declared).inputs
+    if specs is not None:
+        return _inputs_like(f, specs, options)
+    if isinstance(f, cb.Fn) or not isinstance(f, cb.Combinator):
+        declaration = _positional(declaration_of(f, annotations))
+        if annotations or sizes or dtypes or _says_inputs(declaration):
+            options.check(declaration)
+            drawn = calls(declaration.drawable(), options)
+            return drawn.flatmap(lambda call: arrays_like(call.arguments))
+    signature = cb.infer_signature(f)
+    return _grouped([_shape(shape, jnp.float32)] * signature.n_in, signature)
+
+
+def _positional(declaration: Declaration) -> Declaration:
+    required = tuple(p for p in declaration.parameters if not p.optional)
+    return dataclasses.replace(declaration, parameters=required)
+
+
+def _says_inputs(declaration: Declaration) -> bool:
+    parameters = declaration.parameters
+    return bool(parameters) and all(drawable(p.declared) is not None for p in parameters)
+
+
+def _inputs_like(
+    f: Callable[..., Any], specs: Sequence[Any], options: Options
+) -> st.SearchStrategy[tuple[Any, ...]]:
+    signature = cb.infer_signature(f)
+    try:
+        items = abstract(specs)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+    if len(items) != signature.n_in:
+        raise _errors.wrong_number_of_specs(name_of(f), len(items), str(signature))
+    names = names_in(items)
+    options.check_names(name_of(f), frozenset(names), frozenset())
+    sizes = st.fixed_dictionaries({name: options.size_of(name) for name in names})
+
+    def sized(sizes: Mapping[str, int]) -> st.SearchStrategy[tuple[Any, ...]]:
+        return _grouped(with_sizes(items, sizes), signature)
+
+    return sizes.flatmap(sized)
+
+
+def _grouped(items: Sequence[Any], signature: cb.Signature) -> st.SearchStrategy[tuple[Any, ...]]:
+    return arrays_like(tuple(items)).map(lambda arrays: regroup(arrays, signature.in_shape))

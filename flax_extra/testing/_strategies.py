@@ -1,0 +1,511 @@
+"""Strategies: signatures, functions that have them, and pipelines of such functions and layers.
+
+Pipelines are built so that arities fit, and so that each item keeps the shape and dtype of the
+inputs; nothing is drawn and then filtered away. What combinators ask of their children is arranged
+with ``identity``, ``select`` and ``drop`` around them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+from flax import linen as nn
+from hypothesis import strategies as st
+from jax import Array
+
+from flax_extra import combinator as cb
+from flax_extra.combinator._signature import Nesting
+from flax_extra.combinator._stack import flatten, unstack
+from flax_extra.testing import _errors
+from flax_extra.testing._inputs import SHAPE
+
+Part: TypeAlias = Callable[..., Any]
+Parts: TypeAlias = st.SearchStrategy[Any]
+
+TIME = 1
+"""The axis that ``scan`` runs over by default."""
+
+
+def signatures(
+    *,
+    min_n_in: int = 0,
+    max_n_in: int = 3,
+    min_n_out: int = 0,
+    max_n_out: int = 2,
+    grouped: bool = False,
+) -> st.SearchStrategy[cb.Signature]:
+    """Signatures of callables.
+
+    Args:
+        min_n_in: the least number of items that they take.
+        max_n_in: the largest.
+        min_n_out: the least number of items that they give.
+        max_n_out: the largest.
+        grouped: whether some of their arguments are tuples of items.
+
+    Returns:
+        A strategy of signatures, which shrink to the least numbers.
+
+    Raises:
+        InvalidArgument: where a range is empty.
+
+    Example:
+        >>> from flax_extra import combinator as cb, testing
+        >>> from hypothesis import given, settings
+        >>> @settings(deadline=None)
+        ... @given(testing.signatures(max_n_in=2))
+        ... def test_what_is_declared_is_inferred(signature):
+        ...     assert cb.infer_signature(cb.fn(max, signature.n_in, 1)).n_in == signature.n_in
+        >>> test_what_is_declared_is_inferred()
+    """
+    for name, least, most in (("n_in", min_n_in, max_n_in), ("n_out", min_n_out, max_n_out)):
+        if not 0 <= least <= most:
+            raise _errors.empty_range("signatures", name, least, most)
+    n_in, n_out = st.integers(min_n_in, max_n_in), st.integers(min_n_out, max_n_out)
+    if not grouped:
+        return st.builds(cb.Signature, n_in, n_out)
+    nested = n_in.flatmap(lambda n: st.tuples(st.just(n), _nestings(n)))
+    return st.builds(
+        lambda taken, n_out: cb.Signature(taken[0], n_out, in_shape=taken[1]), nested, n_out
+    )
+
+
+@st.composite
+def _nestings(draw: st.DrawFn, n: int) -> Nesting:
+    """Groupings of ``n`` items into arguments."""
+    arguments: list[Nesting] = []
+    while n:
+        size = draw(st.integers(1, n))
+        arguments.append(() if size == 1 else draw(_nestings(size)))
+        n -= size
+    return tuple(arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A function of arrays of one shape that gives others of it. See :func:`functions`.
+
+    Example:
+        >>> from flax_extra import combinator as cb, testing
+        >>> testing.Function(cb.Signature(2, 1), seed=0)
+        Function(2 -> 1, seed=0)
+    """
+
+    signature: cb.Signature
+    seed: int = 0
+    shape: tuple[int, ...] = SHAPE
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Weighted sums of all items, bent so that no two functions or orders agree."""
+        return unstack(tuple(map(self._output(flatten(arguments)), range(self.signature.n_out))))
+
+    def _output(self, items: tuple[Array, ...]) -> Callable[[int], Array]:
+        def output(index: int) -> Array:
+            total = jnp.zeros(items[0].shape if items else self.shape, jnp.float32)
+            for position, item in enumerate(items):
+                total = total + item * (1 + (7 * self.seed + 3 * index + position) % 5) / 4
+            return jnp.sin(total + (self.seed + index))
+
+        return output
+
+    def __repr__(self) -> str:
+        return f"Function({self.signature}, seed={self.seed})"
+
+
+def functions(
+    signature: cb.Signature, *, shape: tuple[int, ...] = SHAPE
+) -> st.SearchStrategy[Function]:
+    """Functions with a given signature: of arrays of one shape, elementwise.
+
+    Which item went where can be told from what they give.
+
+    Args:
+        signature: how many items they take, how they are grouped, and how many they give.
+        shape: the shape of what a function of no items gives; others give what they take.
+
+    Returns:
+        A strategy of functions.
+
+    Raises:
+        InvalidArgument: where ``signature`` is none, or the shape is.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax_extra import combinator as cb, testing
+        >>> from hypothesis import given, settings
+        >>> @settings(deadline=None)
+        ... @given(testing.functions(cb.Signature(1, 1)), testing.functions(cb.Signature(1, 1)))
+        ... def test_residual_adds(f, shortcut):
+        ...     x = jnp.linspace(0, 1, 3)
+        ...     assert (cb.residual(f, shortcut=shortcut)(x) == f(x) + shortcut(x)).all()
+        >>> test_residual_adds()
+    """
+    if not isinstance(signature, cb.Signature):
+        raise _errors.not_a_signature("functions", type(signature).__name__)
+    _check_shape("functions", shape)
+    return st.builds(Function, st.just(signature), st.integers(0, 20), st.just(tuple(shape)))
+
+
+def pipelines(
+    *,
+    leaves: Iterable[Part] | st.SearchStrategy[Part] | None = None,
+    combinators: Iterable[str] | None = None,
+    shape: tuple[int, ...] = SHAPE,
+    max_depth: int = 3,
+) -> st.SearchStrategy[cb.Combinator]:
+    """Pipelines whose arities fit, shrinking towards ``identity()``.
+
+    All items have one shape, and every step keeps it, so that each pipeline also runs, on what
+    :func:`inputs_for` gives. One layer may be used in several places.
+
+    Args:
+        leaves: the callables to build from, or a strategy of them: what they give has the shape
+            and dtype of what they take. In a ``scan``, they meet items without the time axis.
+            Functions, Dense, LayerNorm and Dropout by default.
+        combinators: the names of those to build with; all by default. Leaves that are no functions
+            of arrays leave out those that compute: see ``SHUFFLING``.
+        shape: the shape of the items. A ``scan`` needs three axes.
+        max_depth: how many levels they have at most.
+
+    Returns:
+        A strategy of combinators.
+
+    Raises:
+        InvalidArgument: where there are no leaves, a combinator is not known, the shape is none or
+            has no room for a ``scan`` that is asked for.
+
+    Example:
+        >>> from flax_extra import combinator as cb, testing
+        >>> from hypothesis import given, settings, strategies as st
+        >>> @settings(max_examples=10, deadline=None)
+        ... @given(testing.pipelines(), st.data())
+        ... def test_dip_leaves_the_top_alone(p, data):
+        ...     top, *beneath = data.draw(testing.inputs_for(cb.dip(p)))
+        ...     shapes = cb.shape_signature(cb.dip(p), top, *beneath)
+        ...     assert shapes.outputs[0].shape == top.shape
+        >>> test_dip_leaves_the_top_alone()
+    """
+    _check_shape("pipelines", shape)
+    if max_depth < 0:
+        raise _errors.empty_range("pipelines", "levels", 0, max_depth)
+    allowed = _allowed(combinators, shape)
+    chosen = _leaves(leaves)
+    return _Grammar(chosen, allowed, tuple(shape), max_depth).parts().map(_as_pipeline)
+
+
+def _leaves(leaves: Iterable[Part] | Parts | None) -> Callable[[tuple[int, ...]], Parts]:
+    if leaves is None:
+        return functools.partial(_built_in, f"flax_extra.testing {next(_COUNTER)}")
+    if isinstance(leaves, st.SearchStrategy):
+        given = leaves
+    elif isinstance(leaves, Iterable) and not isinstance(leaves, cb.Combinator | str):
+        several = list(leaves)
+        if not several:
+            raise _errors.no_leaves("pipelines")
+        for leaf in several:
+            if not callable(leaf):
+                raise _errors.not_leaves("pipelines", repr(leaf))
+        given = st.sampled_from(several)
+    else:
+        raise _errors.not_leaves("pipelines", repr(leaves))
+    return lambda shape: given
+
+
+_COUNTER = iter(range(1_000_000_000))
+
+
+def _built_in(key: str, shape: tuple[int, ...]) -> Parts:
+    """Functions and layers that keep a shape; one of the layers is the same wherever it stands."""
+    layers = st.one_of(
+        st.builds(nn.Dense, st.just(shape[-1])),
+        st.builds(nn.LayerNorm),
+        st.builds(nn.Dropout, st.just(0.5), deterministic=st.just(True)),
+    )
+    return st.one_of(
+        layers,
+        st.shared(layers, key=key),
+        signatures().flatmap(functools.partial(functions, shape=shape)),
+        st.sampled_from([jnp.tanh, jnp.maximum]),
+    )
+
+
+def _allowed(combinators: Iterable[str] | None, shape: tuple[int, ...]) -> frozenset[str]:
+    fits_scan = len(shape) > TIME + 1
+    if combinators is None:
+        return frozenset(COMBINATORS if fits_scan else COMBINATORS - {"scan"})
+    asked = frozenset(combinators)
+    if asked - COMBINATORS:
+        raise _errors.unknown_combinators("pipelines", asked - COMBINATORS, COMBINATORS)
+    if "scan" in asked and not fits_scan:
+        raise _errors.no_time_axis("pipelines", shape)
+    return asked
+
+
+def _check_shape(asked: str, shape: object) -> None:
+    is_shape = isinstance(shape, tuple | list) and all(isinstance(s, int) and s > 0 for s in shape)
+    if not is_shape or not shape:
+        raise _errors.wrong_shape(asked, shape)
+
+
+def _as_pipeline(part: Part) -> cb.Combinator:
+    return part if isinstance(part, cb.Combinator) else cb.serial(part)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grammar:
+    """What pipelines of items of one shape are made of."""
+
+    leaves: Callable[[tuple[int, ...]], Parts]
+    allowed: frozenset[str]
+    shape: tuple[int, ...]
+    max_depth: int
+
+    def parts(self) -> Parts:
+        """Pipelines and bare leaves."""
+        return _parts(self)
+
+    @functools.cached_property
+    def bases(self) -> Parts:
+        """Parts that hold no others."""
+        single = [LEAVES[name](self) for name in LEAVES if name in self.allowed]
+        several = [_one_of(single)] if single else []
+        return _one_of([st.just(cb.identity()), self.leaves(self.shape), *several])
+
+    @functools.cached_property
+    def grown(self) -> Parts | None:
+        """Parts that hold others, one level less deep; None where there is no level left."""
+        names = [name for name in GROWN if name in self.allowed]
+        if not names or not self.max_depth:
+            return None
+        inner = dataclasses.replace(self, max_depth=self.max_depth - 1)
+        return _one_of([GROWN[name](inner) for name in names])
+
+    def within_scan(self) -> _Grammar:
+        """What a cell is made of: items without the time axis."""
+        shape = (*self.shape[:TIME], *self.shape[TIME + 1 :])
+        allowed = self.allowed if len(shape) > TIME + 1 else self.allowed - {"scan"}
+        return dataclasses.replace(self, shape=shape, allowed=allowed)
+
+
+@st.composite
+def _parts(draw: st.DrawFn, grammar: _Grammar) -> Part:
+    # One strategy for all levels, so that a part can shrink to a part of its own.
+    if grammar.grown is None or draw(st.integers(0, 3)) == 0:
+        part: Part = draw(grammar.bases)
+    else:
+        part = draw(grammar.grown)
+    return part
+
+
+def _one_of(strategies: list[Parts]) -> Parts:
+    """One of several, each as likely, whatever those are made of."""
+    return st.sampled_from(range(len(strategies))).flatmap(strategies.__getitem__)
+
+
+# Combinators without children
+
+
+def _selects(grammar: _Grammar) -> Parts:
+    indices = st.lists(st.integers(0, 4), max_size=4)
+    return st.builds(
+        lambda indices, n_in: cb.select(indices, n_in=n_in), indices, st.none() | st.integers(0, 5)
+    )
+
+
+def _counted(build: Callable[[int], Part], least: int, most: int) -> Callable[[_Grammar], Parts]:
+    return lambda grammar: st.integers(least, most).map(build)
+
+
+def _joined_then_cut(grammar: _Grammar) -> Parts:
+    """``concatenate`` makes an axis longer, and ``split`` as long as it was."""
+    numbers = st.integers(1, 3 if "split" in grammar.allowed else 1)
+
+    def build(axis: int, n: int) -> Part:
+        joined = cb.concatenate(axis, n_in=n)
+        return joined >> cb.split(n, axis) if n > 1 else joined
+
+    return st.builds(build, _axes(grammar), numbers)
+
+
+def _cut_then_joined(grammar: _Grammar) -> Parts:
+    def build(axis: int, n: int) -> Part:
+        if n == 1 or grammar.shape[axis] % n or "concatenate" not in grammar.allowed:
+            return cb.split(1, axis)
+        return cb.split(n, axis) >> cb.concatenate(axis, n_in=n)
+
+    return st.builds(build, _axes(grammar), st.integers(1, 4))
+
+
+def _axes(grammar: _Grammar) -> st.SearchStrategy[int]:
+    return st.integers(-len(grammar.shape), -1)
+
+
+LEAVES: Mapping[str, Callable[[_Grammar], Parts]] = {
+    "identity": _counted(cb.identity, 0, 3),
+    "dup": _counted(cb.dup, 0, 2),
+    "drop": _counted(cb.drop, 0, 2),
+    "swap": lambda grammar: st.builds(cb.swap),
+    "select": _selects,
+    "add": _counted(cb.add, 1, 3),
+    "sub": _counted(cb.sub, 1, 3),
+    "mul": _counted(cb.mul, 1, 3),
+    "div": _counted(cb.div, 1, 3),
+    "concatenate": _joined_then_cut,
+    "split": _cut_then_joined,
+}
+"""What builds combinators that stand alone, by the name of the combinator."""
+
+
+# Combinators of others, which the grammar that they are given makes
+
+
+def _of_several(build: Callable[..., Part]) -> Callable[[_Grammar], Parts]:
+    return lambda grammar: st.lists(grammar.parts(), max_size=3).map(build)
+
+
+def _residuals(grammar: _Grammar) -> Parts:
+    one_output = st.builds(with_one_output, grammar.parts())
+    return st.builds(
+        lambda body, shortcut: cb.residual(body, shortcut=shortcut),
+        one_output,
+        st.just(cb.identity()) | one_output,
+    )
+
+
+def _keeps(grammar: _Grammar) -> Parts:
+    def build(f: Part, n: int) -> Part:
+        return cb.keep(f, min(n, cb.infer_signature(f).n_in))
+
+    return st.builds(build, grammar.parts(), st.integers(0, 3))
+
+
+def _dips(grammar: _Grammar) -> Parts:
+    return st.builds(cb.dip, grammar.parts(), st.integers(0, 2))
+
+
+def _folds(grammar: _Grammar) -> Parts:
+    def binary(f: Part) -> Part:
+        return with_one_output(with_n_in(with_one_output(f), 2))
+
+    simplest = st.just(cb.select((0,), n_in=2))
+    return st.builds(cb.fold, simplest | st.builds(binary, grammar.parts()), st.integers(1, 3))
+
+
+def _fns(grammar: _Grammar) -> Parts:
+    def build(f: Part, declared: bool) -> Part:
+        signature = cb.infer_signature(f)
+        return cb.fn(f, n_in=signature.n_in, n_out=signature.n_out) if declared else cb.fn(f)
+
+    return st.builds(build, grammar.parts(), st.booleans())
+
+
+def _repeats(grammar: _Grammar) -> Parts:
+    def build(f: Part, n: int, shared: bool, remat: bool) -> Part:
+        body = not_growing(f)
+        # Copies that have parameters of their own cannot share a layer with what is outside.
+        if not shared:
+            (body,) = copy.deepcopy(cb.serial([body]))
+        return cb.repeat(body, n, shared=shared, remat=remat)
+
+    return st.builds(build, grammar.parts(), st.integers(0, 3), st.booleans(), st.booleans())
+
+
+def _scans(grammar: _Grammar) -> Parts:
+    def build(f: Part, reverse: bool) -> Part:
+        missing = max(0, 2 - cb.infer_signature(f).n_in)
+        cell: cb.Combinator = cb.parallel(f, cb.identity(missing)) if missing else cb.fn(f)
+        if cell.signature.n_out == 0:
+            cell = cell @ cb.identity()
+        started = cb.parallel(first_step, cb.identity(cell.signature.n_in - 1))
+        return started >> cb.scan(cell, n_carry=1, reverse=reverse, axis=TIME) >> cb.drop()
+
+    return st.builds(build, grammar.within_scan().parts(), st.booleans())
+
+
+GROWN: Mapping[str, Callable[[_Grammar], Parts]] = {
+    "serial": _of_several(cb.serial),
+    "parallel": _of_several(cb.parallel),
+    "branch": _of_several(cb.branch),
+    "keep": _keeps,
+    "dip": _dips,
+    "fn": _fns,
+    "residual": _residuals,
+    "fold": _folds,
+    "repeat": _repeats,
+    "scan": _scans,
+    "remat": lambda grammar: st.builds(cb.remat, grammar.parts()),
+}
+"""What builds combinators of other parts, by the name of the combinator."""
+
+COMBINATORS = frozenset(LEAVES) | frozenset(GROWN)
+"""The combinators that pipelines are built with."""
+
+MOVING = frozenset({"identity", "dup", "drop", "swap", "select"})
+SHUFFLING = MOVING | {"serial", "parallel", "branch", "keep", "dip", "fn", "fold"}
+"""The combinators that look at no item: they work on items of any kind."""
+
+
+# Parts made to fit
+
+
+def first_step(x: Array) -> Array:
+    """A carry to begin with: the items at the first step."""
+    return x[:, 0]
+
+
+def with_one_output(f: Part) -> Part:
+    """A callable, changed to give one item: the top one, or an input where it gives none.
+
+    Args:
+        f: any callable with a signature.
+
+    Returns:
+        ``f`` itself, or a pipeline of it.
+
+    Example:
+        >>> from flax_extra import combinator as cb, testing
+        >>> print(testing.with_one_output(cb.dup()), testing.with_one_output(abs))
+        serial(dup(), select((0,), n_in=2)) <built-in function abs>
+    """
+    n_out = cb.infer_signature(f).n_out
+    if n_out == 0:
+        return cb.parallel(f, cb.identity())
+    return f if n_out == 1 else cb.serial(f, cb.select((0,), n_in=n_out))
+
+
+def with_n_in(f: Part, n_in: int) -> Part:
+    """A callable, changed to take so many items: some of them more than once, or some left as is.
+
+    Args:
+        f: any callable with a signature.
+        n_in: how many items, at least one.
+
+    Returns:
+        ``f`` itself, or a pipeline of it.
+
+    Raises:
+        InvalidArgument: where ``n_in`` is below 1.
+
+    Example:
+        >>> from flax_extra import combinator as cb, testing
+        >>> testing.with_n_in(cb.sub(3), 2)(10, 4), testing.with_n_in(cb.add(1), 2)(10, 4)
+        (-4, (10, 4))
+    """
+    if n_in < 1:
+        raise _errors.too_few("with_n_in", n_in)
+    taken = cb.infer_signature(f).n_in
+    if n_in > taken:
+        return cb.parallel(f, cb.identity(n_in - taken))
+    return f if n_in == taken else cb.select([i % n_in for i in range(taken)], n_in=n_in) >> f
+
+
+def not_growing(f: Part) -> Part:
+    """The callable, without the outputs that are more than its inputs."""
+    signature = cb.infer_signature(f)
+    surplus = max(0, signature.n_out - signature.n_in)
+    return cb.serial(f, cb.drop(surplus)) if surplus else f
