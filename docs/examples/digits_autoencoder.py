@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     console = Console()
     model = autoencoder(label_mask_rate=0.75)
-    console.print(str(cb.summary(model, *INPUTS)), highlight=False, soft_wrap=True)
+    print(cb.summary(model, *INPUTS))
     wiring = options.picture.with_suffix(".svg")
     wiring.parent.mkdir(parents=True, exist_ok=True)
     cb.diagram(model, *INPUTS).save(wiring)

@@ -12,6 +12,10 @@ sizes; smaller ones are an argument away:
     >>> model.init_with_output(jax.random.key(0), tokens, mask)[0].shape
     (2, 32, 262)
 
+What flows between the steps of the published ones, and how they are wired, is printed and drawn by
+
+    python docs/examples/perceiver_models.py
+
 Source: Jaegle et al., "Perceiver IO: A General Architecture for Structured Inputs & Outputs", 2021,
 section 4 and appendices.
 """
@@ -20,6 +24,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from pathlib import Path
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -335,3 +341,38 @@ def joined(chunks: list[Array]) -> tuple[Array, Array, Array]:
 def _in_a_row(chunks: Array) -> Array:
     n_chunks, batch, n, *features = chunks.shape
     return chunks.swapaxes(0, 1).reshape(batch, n_chunks * n, *features)
+
+
+# What they look like
+
+
+PUBLISHED: dict[str, tuple[Callable[[], cb.Combinator], tuple[str, ...]]] = {
+    "language": (masked_language_model, ("i32[b, 2048]", "bool[b, 2048]")),
+    "image": (image_classifier, ("f32[b, 224, 224, 3]",)),
+    "multimodal": (
+        multimodal_autoencoder,
+        (
+            "f32[b, 30720]",
+            "f32[b, 16, 224, 224, 3]",
+            "f32[b, 700]",
+            "i32[128, 15]",
+            "i32[128, 6272]",
+        ),
+    ),
+}
+"""The published models, and what each takes; clips are given back in 128 chunks of positions."""
+
+
+def main(folder: Path = Path("build/perceiver")) -> None:
+    """Prints a summary of each published model, and draws its diagram. Nothing is computed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (build, inputs) in PUBLISHED.items():
+        model = build()
+        print(f"{cb.summary(model, *inputs)}\n")
+        picture = folder / f"{name}.svg"
+        cb.diagram(model, *inputs).save(picture)
+        print(f"{name}: wiring in {picture}\n")
+
+
+if __name__ == "__main__":
+    main()

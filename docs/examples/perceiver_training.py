@@ -51,8 +51,7 @@ class Recipe:
         learning_rate: the highest; it rises for a twentieth of the steps, and falls in a cosine.
         mask_rate: how probably a byte is masked.
         copy_weight: how much it counts that the other bytes come back as they are. There are more
-            of them, and from them the model learns where to look: without, it is at what it
-            guesses without looking for three times as long.
+            of them, and from them the model learns sooner where to look.
         seed: of the weights and of the texts.
     """
 
@@ -122,7 +121,8 @@ def train(
         The last state.
 
     Raises:
-        TrainingError: where the directory is none, or holds the training of another recipe.
+        TrainingError: where the directory is none, holds the training of another recipe, or a
+            checkpoint that cannot be read.
         Interrupted: where SIGINT or SIGTERM came, once the step is done and saved.
     """
     if directory.exists() and not directory.is_dir():
@@ -288,17 +288,26 @@ def resume(manager: ocp.CheckpointManager, recipe: Recipe) -> tuple[int, State]:
     last = manager.latest_step()
     if last is None:
         return 0, initial(recipe)
-    saved = manager.restore(last, args=ocp.args.Composite(recipe=ocp.args.JsonRestore()))
-    asked = dataclasses.asdict(recipe)
-    for name, value in saved["recipe"].items():
-        if asked[name] != value:
+    saved = _restored(manager, last, recipe=ocp.args.JsonRestore())
+    for name, asked in dataclasses.asdict(recipe).items():
+        if saved["recipe"].get(name) != asked:
             raise TrainingError(
-                f"{manager.directory} holds a training with {name}={value}; asked for was "
-                f"{name}={asked[name]}. Give another directory, or remove this one."
+                f"{manager.directory} holds a training with {name}={saved['recipe'].get(name)}; "
+                f"asked for was {name}={asked}. Give another directory, or remove this one."
             )
     abstract = jax.eval_shape(functools.partial(initial, recipe))
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    return last, manager.restore(last, args=items)["state"]
+    return last, _restored(manager, last, state=ocp.args.StandardRestore(abstract))["state"]
+
+
+def _restored(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+    """Items of a checkpoint."""
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # whatever the storage raises over a damaged file
+        raise TrainingError(
+            f"{manager.directory}/{step} is a checkpoint that cannot be read. Remove it to go on "
+            "from an earlier one."
+        ) from error
 
 
 # What is outside

@@ -22,18 +22,22 @@ from flax import linen as nn
 from flax_extra.combinator._base import Combinator
 from flax_extra.combinator._expression import expression
 from flax_extra.combinator._inference import name_of, shorten
+from flax_extra.combinator._leaf import Fn
 from flax_extra.combinator._lift import Repeat
 from flax_extra.combinator._record import Record, record
 from flax_extra.combinator._shuffle import Identity
 from flax_extra.combinator._signature import Signature
-from flax_extra.combinator._stack import Stack, describe
+from flax_extra.combinator._stack import Stack, describe_item
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
 WIDTH = 120
 LONGEST_NAME = 44
+LONGEST_ITEM = 40
 PARAMS = "params"
 
 
@@ -214,9 +218,15 @@ def _name(target: Callable[..., Any]) -> str:
 
 
 def _short(target: Callable[..., Any]) -> str:
-    """The expression, or what it begins with where that is long."""
+    """The expression, or the most telling part of it where that is long."""
     text = shorten(expression(target))
-    return text if len(text) <= LONGEST_NAME else f"{name_of(target)}(...)"
+    if len(text) <= LONGEST_NAME:
+        return text
+    if isinstance(target, Fn):
+        return _short(target.children[0].target)
+    name = getattr(target, "name", None) if isinstance(target, nn.Module) else None
+    named = f"{name_of(target)}(name={name!r}, ...)"
+    return named if name and len(named) <= LONGEST_NAME else f"{name_of(target)}(...)"
 
 
 def _table(summary: Summary) -> Table:
@@ -230,10 +240,10 @@ def _table(summary: Summary) -> Table:
     count, size = (f"{totals[0]:,}", _bytes(totals[1])) if known else ("", "")
     table.add_column("step", "total" if known else "", no_wrap=True, max_width=60)
     table.add_column("signature", no_wrap=True, min_width=9)
-    table.add_column("stack after", overflow="fold")
+    table.add_column("stack after")
     table.add_column("parameters", count, justify="right", no_wrap=True, min_width=len(count))
     table.add_column("size", size, justify="right", no_wrap=True, min_width=len(size))
-    table.add_row(Text("inputs", style="dim"), "", Text(_stack(summary.root.before), style="dim"))
+    table.add_row(Text("inputs", style="dim"), "", _Items(summary.root.before, style="dim"))
     for depth, step in _nested(summary.root):
         table.add_row(
             Text("  " * depth + step.name, style="bold" if step.children else ""),
@@ -255,19 +265,40 @@ def _nested(step: Step, depth: int = 0) -> Iterator[tuple[int, Step]]:
             yield from _nested(child, depth + 1)
 
 
-def _outcome(step: Step) -> Text:
+class _Items:
+    """A stack in a cell of the table, which is broken between its items where it has to be."""
+
+    def __init__(self, stack: Stack, style: str = "") -> None:
+        items = [describe_item(item) for item in stack]
+        self._parts = [f"{item}, " for item in items[:-1]] + items[-1:] or ["()"]
+        self._style = style
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        lines = [""]
+        for part in self._parts:
+            if lines[-1] and len(lines[-1] + part.rstrip()) > options.max_width:
+                lines.append("")
+            lines[-1] += part
+        yield Text("\n".join(map(str.rstrip, lines)), style=self._style, overflow="fold")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        widths = [len(part.rstrip()) for part in self._parts]
+        return Measurement(min(max(widths), LONGEST_ITEM), sum(map(len, self._parts)))
+
+
+def _outcome(step: Step) -> Text | _Items:
     from rich.text import Text
 
     if step.after is not None:
-        return Text(_stack(step.after))
+        return _Items(step.after)
     if any(child.error is not None for child in step.children):
         return Text("failed", style="red")
     message = str(step.error).partition("\n")[0]
     return Text(f"{type(step.error).__name__}: {message}", style="bold red")
-
-
-def _stack(stack: Stack) -> str:
-    return describe(stack) if stack else "()"
 
 
 def _bytes(n: int) -> str:

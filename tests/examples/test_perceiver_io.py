@@ -21,6 +21,7 @@ from perceiver_models import (
     Clip,
     image_classifier,
     in_chunks,
+    main,
     masked_language_model,
     multimodal_autoencoder,
 )
@@ -237,3 +238,15 @@ def test_depth_does_not_grow_the_program():
         variables = jax.eval_shape(model.init, KEY, *text())
         n_lines.add(jax.jit(model.apply).lower(variables, *text()).as_text().count("\n"))
     assert len(n_lines) == 1
+
+
+def test_published_sizes_are_those_of_the_paper_and_are_drawn(tmp_path, capsys):
+    main(tmp_path)
+    printed = capsys.readouterr().out
+    totals = [line.split()[1] for line in printed.splitlines() if line.startswith("  total")]
+    assert totals == ["201,108,230", "48,440,627", "19,858,855"]  # the paper: 201M, 48.4M, 20.0M
+    assert max(map(len, printed.splitlines())) <= 120
+    assert "layers x26" in printed
+    for name in ("language", "image", "multimodal"):
+        picture = (tmp_path / f"{name}.svg").read_text()
+        assert all(part in picture for part in ("encoder", "processor", "decoder"))

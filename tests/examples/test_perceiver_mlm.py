@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,18 @@ def test_other_settings_do_not_go_on(trained):
     message = "holds a training with n_steps=600; asked for was n_steps=601"
     with pytest.raises(TrainingError, match=message):
         train(Recipe(**{**TINY, "n_steps": 601}), trained[1])
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path):
+    state, directory = trained
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "600").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:3])
+    with pytest.raises(TrainingError, match=r"/600 is a checkpoint that cannot be read\. Remove"):
+        train(RECIPE, tmp_path)
+    shutil.rmtree(tmp_path / "600")
+    jax.tree.map(np.testing.assert_array_equal, train(RECIPE, tmp_path), state)
 
 
 def test_a_score_has_something_to_beat(trained):
