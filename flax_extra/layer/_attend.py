@@ -10,13 +10,11 @@ Source of the formula: Vaswani et al., "Attention Is All You Need" (2017), secti
 from __future__ import annotations
 
 import functools
-import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.typing import PrecisionLike
 from jax import Array, lax
 from jaxtyping import Bool, Float, Shaped
@@ -134,7 +132,10 @@ def cross_attention_mask(
 
 
 FEW_LOGITS = 2**20
-"""With no more logits than these, keys are taken all at once where nobody says otherwise."""
+"""With no more logits of one example, keys are taken all at once where nobody says otherwise.
+
+And so they are with no more than twice these of all examples together.
+"""
 
 
 def _chunk_size(logits_shape: tuple[int, int, int, int], asked: int | None) -> int | None:
@@ -144,27 +145,53 @@ def _chunk_size(logits_shape: tuple[int, int, int, int], asked: int | None) -> i
     """
     if not all(isinstance(size, int) for size in logits_shape):
         return None
-    _, heads, time_q, time_kv = logits_shape
+    batch, heads, time_q, time_kv = logits_shape
+    of_one = heads * time_q * time_kv
     if asked is None:
-        if math.prod(logits_shape) <= FEW_LOGITS:
+        if of_one <= FEW_LOGITS or batch * of_one <= 2 * FEW_LOGITS:
             return None
-        asked = _chunked.best_chunk_size(heads, time_q)
-    return asked if asked < time_kv and math.prod(logits_shape) > 0 else None
+        return min(time_kv, _chunked.best_chunk_size(heads, time_q))
+    return asked if asked < time_kv and batch * of_one > 0 else None
 
 
 def _attend_at_once(
     inputs: _chunked.Inputs, dropout_rate: float, precision: PrecisionLike
 ) -> Array:
-    query, key, value, mask, rngkey = inputs
-    accumulated = np.promote_types(query.dtype, np.float32)
-    logits = jnp.einsum(
-        "bqhd,bkhd->bhqk", query, key, precision=precision, preferred_element_type=accumulated
-    )
-    weights = _masked_softmax(logits / math.sqrt(query.shape[-1]), mask)
-    if rngkey is not None:
-        kept = jax.random.bernoulli(rngkey, 1 - dropout_rate, weights.shape)
+    """The formula, with the sum of the weights divided out last, where there is least to divide.
+
+    Where all of a query's keys are masked, that sum is zero: so are the vectors then, and all
+    gradients.
+    """
+    # Heads lie first, as in the products.
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in inputs[:3])
+    query, scale = _chunked.scaled(query)
+    logits = _chunked.product("bhqd,bhkd->bhqk", query, key, precision)
+    weights = _weights(_chunked.times(logits, scale), inputs.mask)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if inputs.rngkey is not None:
+        kept = jax.random.bernoulli(inputs.rngkey, 1 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value, precision=precision)
+    vectors = _chunked.product("bhqk,bhkd->bhqd", weights.astype(value.dtype), value, precision)
+    vectors = vectors * _chunked.inverse(total).astype(vectors.dtype)
+    return jnp.swapaxes(vectors.astype(value.dtype), 1, 2)
+
+
+# By hand, for the backward pass needs the weights alone: they are zero wherever the mask is, so
+# that no gradient is NaN and no mask is kept at the size of the logits.
+@jax.custom_jvp
+def _weights(logits: Array, mask: Array | None) -> Array:
+    """Exponentials of logits, relative to the greatest of each query."""
+    logits = _chunked.where_seen(mask, logits)
+    # Finite, so that what is masked, at -inf, is always below it, and its weight zero.
+    least = np.finfo(logits.dtype).min
+    return jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True, initial=least))
+
+
+@_weights.defjvp
+def _weights_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    # That the greatest changes, too, does not matter: it is divided out.
+    weights = _weights(*primals)
+    return weights, weights * tangents[0]
 
 
 def _attend_to_many(inputs: _chunked.Inputs, settings: _chunked.Settings) -> Array:
@@ -223,28 +250,6 @@ def _with_heads(mask: Array | None, logits_shape: tuple[int, int, int, int]) -> 
     if not fits:
         raise _errors.wrong_mask_shape(mask.shape, logits_shape)
     return mask.reshape(shape).astype(bool)
-
-
-def _masked_softmax(logits: Array, mask: Array | None) -> Array:
-    return nn.softmax(logits) if mask is None else _softmax_where(logits, mask)
-
-
-# By hand, for the backward pass needs the weights alone: they are zero wherever the mask is, so
-# that no gradient is NaN and no mask is kept at the size of the logits.
-@jax.custom_jvp
-def _softmax_where(logits: Array, mask: Array) -> Array:
-    masked = jnp.where(mask, logits, np.finfo(logits.dtype).min)
-    # Where all is masked, the softmax is uniform; elsewhere it is zero at the mask already.
-    return jnp.where(mask, nn.softmax(masked), 0)
-
-
-@_softmax_where.defjvp
-def _softmax_where_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    weights = _softmax_where(*primals)
-    change = weights * tangents[0]
-    return weights, change - weights * jnp.sum(change, axis=-1, keepdims=True)
 
 
 def check_rate(layer: str, rate: float) -> None:

@@ -2,8 +2,8 @@ r"""Attention in chunks: what it holds grows with queries plus keys, not with th
 
 Keys and values are walked in chunks. Of the softmax, only what was seen so far is kept: the
 greatest logit, the sum of the exponentials relative to it, and the values that they weigh. The
-backward pass keeps no weights either: it computes those of a tile again, from the greatest logit
-and the sum.
+backward pass keeps no weights either: it computes those of a tile again, from the logarithm of the
+sum of all exponentials.
 
 Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021), and, for the backward
 pass, Dao et al., "FlashAttention" (2022), algorithm 4.
@@ -66,8 +66,8 @@ def attend_in_chunks(inputs: Inputs, settings: Settings) -> Array:
 
 
 def _attend_and_keep(inputs: Inputs, settings: Settings) -> tuple[Array, Any]:
-    vectors, greatest, total = _on_each_platform(_forward, inputs, settings)
-    return vectors, (inputs, vectors, greatest, total)
+    vectors, log_total = _on_each_platform(_forward, inputs, settings)
+    return vectors, (inputs, vectors, log_total)
 
 
 def _pull_back(settings: Settings, kept: Any, change: Array) -> tuple[Inputs]:
@@ -125,12 +125,11 @@ class _Tiles:
     """The logits, ``[batch, heads, time_q, time_kv]``, in tiles that are computed one by one."""
 
     def __init__(self, inputs: Inputs, settings: Settings, examples: int) -> None:
-        batch, time_q, _, d_qk = inputs.query.shape
+        batch, time_q, _, _ = inputs.query.shape
         self.inputs, self.settings = inputs, settings
         self.examples = _Span.of(batch, examples)
         self.queries = _Span.of(time_q, QUERIES)
         self.keys = _Span.of(inputs.key.shape[1], settings.chunk_size)
-        self.scale = 1 / math.sqrt(d_qk)
 
     def rows(self, body: Callable[[tuple[Index, Index], State], State], state: State) -> State:
         """Runs over all (examples, queries)."""
@@ -179,37 +178,31 @@ class _Tiles:
         heads = self.inputs.query.shape[2]
         shape = self.examples.size, heads, self.queries.size, self.keys.size
         kept = jax.random.bernoulli(jax.random.fold_in(rngkey, number), 1 - rate, shape)
-        return kept / np.asarray(1 - rate, _accumulated(self.inputs.query))
+        return kept / np.asarray(1 - rate, accumulated(self.inputs.query))
 
     def product(self, subscripts: str, x: Array, y: Array) -> Array:
-        return jnp.einsum(
-            subscripts,
-            x,
-            y,
-            precision=self.settings.precision,
-            preferred_element_type=_accumulated(x, y),
-        )
+        return product(subscripts, x, y, self.settings.precision)
 
 
 def _forward(inputs: Inputs, *, settings: Settings, examples: int) -> tuple[Array, ...]:
-    """The vectors, and for each row of logits the greatest and the sum of the exponentials."""
+    """The vectors, and for each row of logits the logarithm of the sum of the exponentials."""
     tiles = _Tiles(inputs, settings, examples)
     (batch, time_q, heads, _), d_v = inputs.query.shape, inputs.value.shape[-1]
-    of_logits, of_vectors = _accumulated(inputs.query), _accumulated(inputs.value)
+    of_logits, of_vectors = accumulated(inputs.query), accumulated(inputs.value)
 
     def run_row(row: tuple[Index, Index], results: tuple[Array, ...]) -> tuple[Array, ...]:
-        query = tiles.of_queries(inputs.query, row)
+        query, scale = scaled(tiles.of_queries(inputs.query, row))
 
         def run_chunk(column: Index, state: tuple[Array, ...]) -> tuple[Array, ...]:
             vectors, greatest, total = state
-            key = jnp.swapaxes(tiles.of_keys(inputs.key, row, column), 2, 3)
+            key = tiles.of_keys(inputs.key, row, column)
             value = tiles.of_keys(inputs.value, row, column)
-            logits = tiles.product("bhqd,bhdk->bhqk", query, key) * tiles.scale
-            logits = _where(tiles.seen(row, column), logits)
+            logits = times(tiles.product("bhqd,bhkd->bhqk", query, key), scale)
+            logits = where_seen(tiles.seen(row, column), logits)
             above = jnp.maximum(greatest, jnp.max(logits, axis=-1))
             weights, shrink = jnp.exp(logits - above[..., None]), jnp.exp(greatest - above)
             total = total * shrink + jnp.sum(weights, axis=-1)
-            weights = _times(weights, tiles.kept(row, column)).astype(value.dtype)
+            weights = times(weights, tiles.kept(row, column)).astype(value.dtype)
             added = tiles.product("bhqk,bhkd->bhqd", weights, value)
             return vectors * shrink[..., None].astype(of_vectors) + added, above, total
 
@@ -221,19 +214,18 @@ def _forward(inputs: Inputs, *, settings: Settings, examples: int) -> tuple[Arra
             jnp.zeros(rows, of_logits),
         )
         vectors, greatest, total = tiles.columns(run_chunk, state)
-        vectors = vectors * _inverse(total)[..., None].astype(of_vectors)
-        greatest = jnp.where(total > 0, greatest, 0)
-        pieces = vectors.astype(inputs.value.dtype), greatest[..., None], total[..., None]
-        return tuple(
-            tiles.add_queries(result, jnp.swapaxes(piece, 1, 2), row)
-            for result, piece in zip(results, pieces, strict=True)
+        vectors = vectors * inverse(total)[..., None].astype(of_vectors)
+        # Where all is masked, any number: no weight comes of it.
+        log_total = jnp.where(total > 0, greatest + jnp.log(jnp.where(total > 0, total, 1)), 0)
+        return (
+            tiles.add_queries(results[0], jnp.swapaxes(vectors, 1, 2), row),
+            tiles.add_queries(results[1], jnp.swapaxes(log_total[..., None], 1, 2), row),
         )
 
     return tiles.rows(
         run_row,
         (
             jnp.zeros((batch, time_q, heads, d_v), inputs.value.dtype),
-            jnp.zeros((batch, time_q, heads, 1), of_logits),
             jnp.zeros((batch, time_q, heads, 1), of_logits),
         ),
     )
@@ -242,8 +234,7 @@ def _forward(inputs: Inputs, *, settings: Settings, examples: int) -> tuple[Arra
 def _backward(
     inputs: Inputs,
     vectors: Array,
-    greatest: Array,
-    total: Array,
+    log_total: Array,
     change: Array,
     *,
     settings: Settings,
@@ -257,27 +248,26 @@ def _backward(
     tiles = _Tiles(inputs, settings, examples)
 
     def run_row(row: tuple[Index, Index], results: tuple[Array, ...]) -> tuple[Array, ...]:
-        query, asked = tiles.of_queries(inputs.query, row), tiles.of_queries(change, row)
-        answer = tiles.of_queries(vectors, row)
+        query, scale = scaled(tiles.of_queries(inputs.query, row))
+        answer, asked = tiles.of_queries(vectors, row), tiles.of_queries(change, row)
         # Of each query, how far its weights together would move the result.
-        along = jnp.sum(answer * asked, axis=-1, dtype=total.dtype)[:, :, None]
-        top = jnp.swapaxes(tiles.of_queries(greatest, row), 2, 3)
-        normalizer = _inverse(jnp.swapaxes(tiles.of_queries(total, row), 2, 3))
+        along = jnp.sum(answer * asked, axis=-1, dtype=log_total.dtype)[:, :, None]
+        top = jnp.swapaxes(tiles.of_queries(log_total, row), 2, 3)
 
         def run_chunk(column: Index, state: tuple[Array, ...]) -> tuple[Array, ...]:
             key = tiles.of_keys(inputs.key, row, column)
             value = tiles.of_keys(inputs.value, row, column)
-            logits = tiles.product("bhkd,bhdq->bhkq", key, jnp.swapaxes(query, 2, 3)) * tiles.scale
-            logits = _where(_turned(tiles.seen(row, column)), logits)
-            weights = jnp.exp(logits - top) * normalizer
+            logits = tiles.product("bhkd,bhdq->bhkq", key, jnp.swapaxes(query, 2, 3))
+            logits = where_seen(_turned(tiles.seen(row, column)), times(logits, scale))
+            weights = jnp.exp(logits - top)
             kept = _turned(tiles.kept(row, column))
             of_weights = tiles.product("bhkd,bhdq->bhkq", value, jnp.swapaxes(asked, 2, 3))
-            of_logits = weights * (_times(of_weights.astype(weights.dtype), kept) - along)
-            of_logits = (of_logits * tiles.scale).astype(query.dtype)
+            of_logits = weights * (times(of_weights.astype(weights.dtype), kept) - along)
+            of_logits = times(of_logits, scale).astype(query.dtype)
             of_query = tiles.product("bhdk,bhkq->bhdq", jnp.swapaxes(key, 2, 3), of_logits)
             of_key = tiles.product("bhkq,bhqd->bhkd", of_logits, query)
             of_value = tiles.product(
-                "bhkq,bhqd->bhkd", _times(weights, kept).astype(value.dtype), asked
+                "bhkq,bhqd->bhkd", times(weights, kept).astype(value.dtype), asked
             )
             return (
                 state[0] + of_query,
@@ -285,12 +275,14 @@ def _backward(
                 tiles.add_keys(state[2], jnp.swapaxes(of_value, 1, 2), row, column),
             )
 
-        of_query = jnp.zeros_like(jnp.swapaxes(query, 2, 3), _accumulated(query))
+        of_query = jnp.zeros_like(jnp.swapaxes(query, 2, 3), accumulated(query))
         of_query, of_key, of_value = tiles.columns(run_chunk, (of_query, *results[1:]))
+        if scale is None:  # then this is of the scaled query
+            of_query = of_query / math.sqrt(query.shape[-1])
         return tiles.add_queries(results[0], of_query.transpose(0, 3, 1, 2), row), of_key, of_value
 
     operands = inputs.query, inputs.key, inputs.value
-    results = tiles.rows(run_row, tuple(jnp.zeros_like(x, _accumulated(x)) for x in operands))
+    results = tiles.rows(run_row, tuple(jnp.zeros_like(x, accumulated(x)) for x in operands))
     return tuple(result.astype(x.dtype) for result, x in zip(results, operands, strict=True))
 
 
@@ -302,26 +294,44 @@ def _add(x: Array, piece: Array, example: Index, time: Index) -> Array:
     """Adds to where a piece came from, for a piece holds zeros where it is over another."""
     start = example, time, 0, 0
     old = lax.dynamic_slice(x, start, piece.shape)
-    return lax.dynamic_update_slice(x, old + piece, start)
+    return lax.dynamic_update_slice(x, old + piece.astype(x.dtype), start)
 
 
-def _where(seen: Array | None, logits: Array) -> Array:
+def product(subscripts: str, x: Array, y: Array, precision: PrecisionLike) -> Array:
+    """An einsum that is summed in float32 or better."""
+    return jnp.einsum(
+        subscripts, x, y, precision=precision, preferred_element_type=accumulated(x, y)
+    )
+
+
+def scaled(query: Array) -> tuple[Array, float | None]:
+    """Queries, and by what their logits are yet to be multiplied, if anything.
+
+    There are fewer queries than logits; but those of half precision would be rounded.
+    """
+    scale = 1 / math.sqrt(query.shape[-1])
+    return (query * scale, None) if query.dtype == accumulated(query) else (query, scale)
+
+
+def where_seen(seen: Array | None, logits: Array) -> Array:
+    """Logits that weigh nothing wherever they do not count."""
     return logits if seen is None else jnp.where(seen, logits, -jnp.inf)
 
 
-def _times(weights: Array, kept: Array | None) -> Array:
-    return weights if kept is None else weights * kept
+def times(x: Array, factor: Array | float | None) -> Array:
+    """A product with a factor that may be absent."""
+    return x if factor is None else x * factor
 
 
 def _turned(tile: Array | None) -> Array | None:
     return None if tile is None else jnp.swapaxes(tile, 2, 3)
 
 
-def _inverse(total: Array) -> Array:
+def inverse(total: Array) -> Array:
     """Zero for a row of which all is masked, whose weights so become zeros."""
     return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
 
-def _accumulated(*operands: Array) -> Any:
+def accumulated(*operands: Array) -> Any:
     """The dtype of sums of products, and of the softmax."""
     return functools.reduce(jnp.promote_types, (x.dtype for x in operands), jnp.float32)
