@@ -119,7 +119,9 @@ class LSTM(nn.Module):
     """Runs an LSTM cell over the time axis, and gives its hidden state at the last step.
 
     The memory, the other half of its state, is dropped. Its parameters are those of an
-    :class:`LSTMCell`, in ``Scan_0/LSTMCell_0``, whatever the options.
+    :class:`LSTMCell`, in ``Scan_0/LSTMCell_0``, whatever the options. Derivatives are taken in
+    reverse (``jax.grad``, ``jax.vjp``), of any order; for ``jax.jvp``, as for a cell of your own,
+    there is ``cb.scan(cell)``.
 
     Args:
         d_hidden: size of the hidden state, and of the memory.
