@@ -13,14 +13,8 @@
 """
 
 from flax_extra.layer import io
-from flax_extra.layer._attention import (
-    Attention,
-    KVQAttention,
-    QKVAttention,
-    SelfAttention,
-    attend,
-    cross_attention_mask,
-)
+from flax_extra.layer._attend import attend, cross_attention_mask
+from flax_extra.layer._attention import Attention, KVQAttention, QKVAttention, SelfAttention
 from flax_extra.layer._decoding import Decoding, EmbedDecoding
 from flax_extra.layer._encoding import Encoding
 from flax_extra.layer._feed_forward import FeedForward

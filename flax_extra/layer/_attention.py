@@ -7,25 +7,18 @@ Source of the formulas: Vaswani et al., "Attention Is All You Need" (2017), sect
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 
 from flax_extra import combinator as cb
 from flax_extra.layer import _errors
-
-Mask: TypeAlias = (
-    Shaped[Array, "#batch #time_q #time_kv"] | Shaped[Array, "#batch #heads #time_q #time_kv"]
-)
-"""Booleans or integers; what is not zero is attended to. An axis of size 1 is broadcast."""
+from flax_extra.layer._attend import Mask, attend, check_chunk_size, check_rate
 
 SelfMask: TypeAlias = (
     Shaped[Array, "#batch #time #time"] | Shaped[Array, "#batch #heads #time #time"]
@@ -37,158 +30,6 @@ Dimension: TypeAlias = int | Callable[[Array, Array, int | None, int | None], in
 
 What is not known yet is None: d_v and d_qk when d_qk is asked for, d_v when d_v is.
 """
-
-
-def attend(
-    query: Float[Array, "batch time_q heads d_qk"],
-    key: Float[Array, "batch time_kv heads d_qk"],
-    value: Float[Array, "batch time_kv heads d_v"],
-    mask: Mask | None = None,
-    dropout_rngkey: Array | None = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = False,
-    precision: PrecisionLike = None,
-) -> Float[Array, "batch time_q heads*d_v"]:
-    r"""Computes, for each position of the query, the values of all unmasked keys, weighted.
-
-    .. math:: \operatorname{softmax}(q k^\top / \sqrt{d_{qk}})\, v
-
-    for each head, the heads then side by side. A query whose keys are all masked gets exactly
-    zeros, and gives zero gradients. The softmax is computed in float32 or better.
-
-    Args:
-        query: what each position asks for, ``[batch, time_q, heads, d_qk]``.
-        key: what each position answers to, ``[batch, time_kv, heads, d_qk]``.
-        value: what each position answers, ``[batch, time_kv, heads, d_v]``.
-        mask: booleans or integers, not zero where a query attends to a key. It broadcasts to
-            ``[batch, time_q, time_kv]``, or with four axes to ``[batch, heads, time_q, time_kv]``.
-        dropout_rngkey: key of the random numbers for dropout.
-        dropout_rate: probability that a weight is dropped, each by itself; in [0, 1).
-        deterministic: whether to leave dropout out.
-        precision: numerical precision of the products; see ``jax.lax.Precision``.
-
-    Returns:
-        Attention vectors, ``[batch, time_q, heads * d_v]``, in the dtype of ``value``.
-
-    Raises:
-        ValueError: where the shapes do not agree, the mask is neither boolean nor integer or does
-            not broadcast, the rate is not in [0, 1), or dropout has no key.
-
-    Source: Vaswani et al. (2017), equation 1.
-
-    Shapes:
-        ``xn.attend``: ``f32[b, q, h, 32], f32[b, k, h, 32], f32[b, k, h, 16] -> f32[b, q,
-        16*h]``
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax_extra import layer as xn
-        >>> query, key = jnp.zeros((1, 2, 1, 4)), jnp.zeros((1, 3, 1, 4))
-        >>> value = jnp.array([3.0, 6.0, 9.0]).reshape(1, 3, 1, 1)
-        >>> mask = jnp.array([[[1, 1, 0], [0, 0, 0]]])
-        >>> xn.attend(query, key, value, mask).tolist()
-        [[[4.5], [0.0]]]
-    """
-    shape = _logits_shape(query, key, value)
-    _check_rate("attend", dropout_rate)
-    accumulated = np.promote_types(query.dtype, np.float32)
-    logits = jnp.einsum(
-        "bqhd,bkhd->bhqk", query, key, precision=precision, preferred_element_type=accumulated
-    )
-    weights = _masked_softmax(logits / math.sqrt(query.shape[-1]), _with_heads(mask, shape))
-    if dropout_rate > 0 and not deterministic:
-        weights = _dropout(weights, dropout_rngkey, dropout_rate)
-    vectors = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value, precision=precision)
-    return vectors.reshape(*vectors.shape[:2], vectors.shape[2] * vectors.shape[3])
-
-
-def cross_attention_mask(
-    mask_q: Shaped[Array, "batch time_q"], mask_kv: Shaped[Array, "batch time_kv"]
-) -> Bool[Array, "batch time_q time_kv"]:
-    """Says which query attends to which key: valid positions to valid positions.
-
-    Args:
-        mask_q: not zero where a position of the query is valid, ``[batch, time_q]``.
-        mask_kv: not zero where a position of the key is valid, ``[batch, time_kv]``.
-
-    Returns:
-        The outer product of the two, booleans ``[batch, time_q, time_kv]``.
-
-    Raises:
-        ValueError: where a mask has other axes, or the batches differ.
-
-    Shapes:
-        ``xn.cross_attention_mask``: ``bool[b, q], bool[b, k] -> bool[b, q, k]``
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax_extra import layer as xn
-        >>> xn.cross_attention_mask(jnp.array([[1, 0]]), jnp.array([[1, 1, 0]])).tolist()
-        [[[True, True, False], [False, False, False]]]
-    """
-    if mask_q.ndim != 2 or mask_kv.ndim != 2 or mask_q.shape[0] != mask_kv.shape[0]:
-        raise _errors.wrong_padding_masks(mask_q.shape, mask_kv.shape)
-    return mask_q[:, :, None].astype(bool) & mask_kv[:, None, :].astype(bool)
-
-
-def _logits_shape(query: Array, key: Array, value: Array) -> tuple[int, int, int, int]:
-    shapes = query.shape, key.shape, value.shape
-    if any(len(shape) != 4 for shape in shapes):
-        raise _errors.mismatched_heads(*shapes)
-    (batch, time_q, heads, d_qk), time_kv = query.shape, key.shape[1]
-    if key.shape != (batch, time_kv, heads, d_qk) or value.shape[:3] != (batch, time_kv, heads):
-        raise _errors.mismatched_heads(*shapes)
-    return batch, heads, time_q, time_kv
-
-
-def _with_heads(mask: Array | None, logits_shape: tuple[int, int, int, int]) -> Array | None:
-    """The mask as booleans of four axes; those of size 1 stay so, and cost no memory."""
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask)
-    if not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)):
-        raise _errors.wrong_mask_dtype(mask.dtype)
-    shape = (mask.shape[0], 1, *mask.shape[1:]) if mask.ndim == 3 else mask.shape
-    fits = len(shape) == 4 and all(
-        size in (1, full) for size, full in zip(shape, logits_shape, strict=True)
-    )
-    if not fits:
-        raise _errors.wrong_mask_shape(mask.shape, logits_shape)
-    return mask.reshape(shape).astype(bool)
-
-
-def _masked_softmax(logits: Array, mask: Array | None) -> Array:
-    return nn.softmax(logits) if mask is None else _softmax_where(logits, mask)
-
-
-# By hand, for the backward pass needs the weights alone: they are zero wherever the mask is, so
-# that no gradient is NaN and no mask is kept at the size of the logits.
-@jax.custom_jvp
-def _softmax_where(logits: Array, mask: Array) -> Array:
-    masked = jnp.where(mask, logits, np.finfo(logits.dtype).min)
-    # Where all is masked, the softmax is uniform; elsewhere it is zero at the mask already.
-    return jnp.where(mask, nn.softmax(masked), 0)
-
-
-@_softmax_where.defjvp
-def _softmax_where_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    weights = _softmax_where(*primals)
-    change = weights * tangents[0]
-    return weights, change - weights * jnp.sum(change, axis=-1, keepdims=True)
-
-
-def _dropout(weights: Array, rngkey: Array | None, rate: float) -> Array:
-    if rngkey is None:
-        raise _errors.no_dropout_key(rate)
-    kept = jax.random.bernoulli(rngkey, 1 - rate, weights.shape)
-    return jnp.where(kept, weights / (1 - rate), 0)
-
-
-def _check_rate(layer: str, rate: float) -> None:
-    if not 0 <= rate < 1:
-        raise _errors.wrong_rate(layer, rate)
 
 
 def _like_shape(*references: Any, index: int) -> int:
@@ -234,10 +75,12 @@ class Attention(nn.Module):
         precision: numerical precision of all products; see ``jax.lax.Precision``.
         dtype: of the computation; that of inputs and parameters by default.
         param_dtype: of the parameters.
+        chunk_size: how many keys to take at a time; chosen from the sizes by default. See
+            :func:`attend`.
 
     Raises:
-        ValueError: where ``d_qk`` or ``d_v`` are no multiple of ``n_heads``, or the rate is not in
-            [0, 1).
+        ValueError: where ``d_qk`` or ``d_v`` are no multiple of ``n_heads``, the rate is not in
+            [0, 1), or ``chunk_size`` is below 1.
 
     Source: Vaswani et al. (2017), section 3.2.2.
 
@@ -269,11 +112,13 @@ class Attention(nn.Module):
     precision: PrecisionLike = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_heads < 1:
             raise _errors.too_small(type(self).__name__, "n_heads", 1, self.n_heads)
-        _check_rate(type(self).__name__, self.dropout_rate)
+        check_rate(type(self).__name__, self.dropout_rate)
+        check_chunk_size(type(self).__name__, self.chunk_size)
         for name in ("d_qk", "d_v"):
             dimension = getattr(self, name)
             if not callable(dimension):
@@ -335,6 +180,7 @@ class Attention(nn.Module):
             dropout_rate=self.dropout_rate,
             deterministic=deterministic,
             precision=self.precision,
+            chunk_size=self.chunk_size,
         )
         pipeline = (query @ cb.branch(key, value)) >> weighted >> out
         vectors: Array = pipeline(inputs_q, inputs_kv, mask)

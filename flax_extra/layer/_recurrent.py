@@ -7,18 +7,17 @@ gate of Gers, Schmidhuber and Cummins, "Learning to Forget" (2000).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import canonicalize_dtype
+from flax.linen.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Dtype
 from jax import Array
 from jaxtyping import Float, Integer
 
 from flax_extra import combinator as cb
 from flax_extra.layer import _errors
+from flax_extra.layer._lstm import CellWeights, Weights, run_lstm
 
 
 class LSTMCell(nn.LSTMCell):
@@ -120,7 +119,9 @@ class LSTM(nn.Module):
     """Runs an LSTM cell over the time axis, and gives its hidden state at the last step.
 
     The memory, the other half of its state, is dropped. Its parameters are those of an
-    :class:`LSTMCell`, in ``Scan_0/LSTMCell_0``, whatever the options.
+    :class:`LSTMCell`, in ``Scan_0/LSTMCell_0``, whatever the options. Derivatives are taken in
+    reverse (``jax.grad``, ``jax.vjp``), of any order; for ``jax.jvp``, as for a cell of your own,
+    there is ``cb.scan(cell)``.
 
     Args:
         d_hidden: size of the hidden state, and of the memory.
@@ -219,16 +220,20 @@ class LSTM(nn.Module):
         if inputs.ndim != 3:
             name = type(self).__name__
             raise _errors.wrong_rank(name, "inputs", inputs.shape, "[batch, time, features]")
-        cell = LSTMCell(dtype=self.dtype, param_dtype=self.param_dtype)
-        sequences = [inputs]
-        step: Callable[..., Any] = cell
-        if lengths is not None:
-            step = cb.branch(cell, cb.select((0, 1, 3))) >> _hold
-            sequences.append(_valid(inputs, lengths))
-        chosen = cb.drop(2) if self.return_sequences else cb.drop() >> cb.dip(cb.drop())
-        pipeline = cb.scan(step, n_carry=2, reverse=self.reverse) >> chosen
-        hidden: Array = pipeline(*self._first_state(inputs, initial_state), *sequences)
-        return hidden
+        state = self._first_state(inputs, initial_state)
+        # The scopes that a scan over a cell would open: its parameters are these.
+        weights = cb.serial(
+            CellWeights(self.d_hidden, self.param_dtype, name="LSTMCell_0"), name="Scan_0"
+        )(inputs, state[1])
+        inputs, *weights = promote_dtype(inputs, *weights, dtype=self.dtype)
+        return run_lstm(
+            inputs,
+            Weights(*weights),
+            state,
+            None if lengths is None else _valid(inputs, lengths),
+            reverse=self.reverse,
+            return_sequences=self.return_sequences,
+        )
 
     def _first_state(
         self, inputs: Array, initial_state: tuple[Array, Array] | None
@@ -250,16 +255,8 @@ class LSTM(nn.Module):
 
 
 def _valid(inputs: Array, lengths: Array) -> Array:
-    """Which steps of each sequence are valid, with an axis for the features."""
+    """Which steps of each sequence are valid, ``[batch, time]``."""
     lengths, (batch, time, _) = jnp.asarray(lengths), inputs.shape
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise _errors.wrong_lengths(lengths.shape, lengths.dtype, batch)
-    return (jnp.arange(time)[None, :] < lengths[:, None])[:, :, None]
-
-
-def _hold(
-    after: tuple[Array, Array], output: Array, before: tuple[Array, Array], valid: Array
-) -> tuple[Array, Array, Array]:
-    """Outside of its length, a sequence keeps its state and gives zeros."""
-    c, h = (jnp.where(valid, new, old) for new, old in zip(after, before, strict=True))
-    return c, h, jnp.where(valid, output, 0)
+    return jnp.arange(time)[None, :] < lengths[:, None]

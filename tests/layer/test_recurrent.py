@@ -115,6 +115,100 @@ def test_it_is_linens_rnn(reverse: bool) -> None:
     )
 
 
+def plain(cell: Any, x: Any, state: Any, lengths: Any, *, reverse: bool, every: bool) -> Any:
+    """The LSTM as a loop over its cell, which JAX differentiates by itself."""
+    c, h = state
+    outputs = [jnp.zeros_like(h)] * x.shape[1]
+    for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
+        (new_c, new_h), _ = xn.LSTMCell().apply({"params": cell}, (c, h), x[:, t])
+        valid = (t < lengths)[:, None]
+        c, h = jnp.where(valid, new_c, c), jnp.where(valid, new_h, h)
+        outputs[t] = jnp.where(valid, new_h, 0)
+    return jnp.stack(outputs, 1) if every and outputs else h if not every else x[:, :, :0]
+
+
+def ours(cell: Any, x: Any, state: Any, lengths: Any, *, reverse: bool, every: bool) -> Any:
+    layer = xn.LSTM(HIDDEN, reverse=reverse, return_sequences=every)
+    variables = {"params": {"Scan_0": {"LSTMCell_0": cell}}}
+    return layer.apply(variables, x, lengths=lengths, initial_state=state)
+
+
+@settings(max_examples=6)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.booleans(),
+    st.booleans(),
+)
+def test_gradients_are_those_of_the_loop_over_the_cell(
+    lengths: list[int], time: int, reverse: bool, every: bool
+) -> None:
+    n = len(lengths)
+    inputs = CELL, X[:n, :time], (STATE[0][:n], STATE[1][:n])
+
+    def results(f: Any) -> Any:
+        run = functools.partial(f, lengths=np.array(lengths), reverse=reverse, every=every)
+        output, pull_back = jax.vjp(run, *inputs)
+        return output, pull_back(output + 1)
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        results(ours),
+        results(plain),
+    )
+
+
+def test_derivatives_of_any_order_in_reverse_alone() -> None:
+    def squares(f: Any) -> Any:
+        lengths = np.full(BATCH, TIME)
+        return lambda x: (f(CELL, x, STATE, lengths, reverse=False, every=True) ** 2).sum()
+
+    def of_gradient(f: Any) -> Any:
+        return jax.grad(lambda x: (jax.grad(squares(f))(x) ** 2).sum())(X)
+
+    np.testing.assert_allclose(of_gradient(ours), of_gradient(plain), rtol=1e-3, atol=1e-4)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(squares(ours), (X,), (X,))
+
+
+def test_it_runs_within_transformations() -> None:
+    expected = run(return_sequences=True)
+    variables = jax.tree.map(lambda leaf: np.stack([leaf, leaf / 2]), VARIABLES)
+    layer = xn.LSTM(HIDDEN, return_sequences=True)
+    several = jax.vmap(layer.apply, (0, None))(variables, X)
+    np.testing.assert_allclose(several[0], expected, rtol=1e-5, atol=1e-6)
+    recomputed = nn.remat(xn.LSTM)(HIDDEN)
+    of_ours, of_remat = (
+        jax.grad(lambda x, f=f: f.apply(VARIABLES, x).sum())(X)
+        for f in (xn.LSTM(HIDDEN), recomputed)
+    )
+    np.testing.assert_allclose(of_remat, of_ours, rtol=1e-5, atol=1e-6)
+
+
+def test_no_steps_leave_the_state() -> None:
+    nothing = X[:, :0]
+    np.testing.assert_array_equal(run(nothing, initial_state=STATE), STATE[1])
+    assert run(nothing, return_sequences=True).shape == (BATCH, 0, HIDDEN)
+    change = jax.grad(lambda state: run(nothing, initial_state=state).sum())(STATE)
+    np.testing.assert_array_equal(change[1], 1)
+
+
+def test_half_precision_is_as_near_as_it_can_be() -> None:
+    exact = run()
+    half = xn.LSTM(HIDDEN, dtype=jnp.bfloat16).apply(VARIABLES, X)
+    np.testing.assert_allclose(half.astype(np.float32), exact, atol=1e-2)
+
+
+def test_parameters_are_initialised_as_those_of_a_scanned_cell() -> None:
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return cb.scan(xn.LSTMCell())(*xn.LSTM(HIDDEN).initial_state(x), x)
+
+    found, expected = (m.init(jax.random.key(3), X) for m in (xn.LSTM(HIDDEN), Scanned()))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_the_cell_is_linens() -> None:
     found = xn.LSTMCell().apply({"params": CELL}, STATE, X[:, 0])
     expected = nn.LSTMCell(HIDDEN).apply({"params": CELL}, STATE, X[:, 0])

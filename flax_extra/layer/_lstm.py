@@ -1,0 +1,222 @@
+r"""An LSTM over all steps of a sequence, with a backward pass of its own.
+
+What does not wait for the state is outside of the loop: the inputs are projected in one product
+before it, and the gradients of weights are one product each after it. Within it, all gates are one
+product and one tanh, for :math:`\sigma(x) = (1 + \tanh(x / 2)) / 2`, and going back is one product,
+too. The state is kept in float32 or better.
+
+Source of the formulas: Gers, Schmidhuber and Cummins, "Learning to Forget" (2000), section 3;
+going back through time: Werbos, "Backpropagation Through Time: What It Does and How to Do It"
+(1990).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.recurrent import DenseParams
+from flax.typing import Dtype
+from jax import Array, lax
+
+GATES = "ifgo"
+"""Input, forget, what enters the memory, output: in this order the columns of fused weights lie."""
+
+UNROLL = 2
+"""How many steps a turn of the loop takes: with more, programs grow, and are no faster."""
+
+State: TypeAlias = tuple[Array, Array]
+"""The memory c and the hidden state h, ``[batch, d_hidden]``."""
+
+
+class Weights(NamedTuple):
+    """The weights of all gates side by side."""
+
+    of_inputs: Array
+    """``[features, 4 * d_hidden]``"""
+    of_state: Array
+    """``[d_hidden, 4 * d_hidden]``"""
+    bias: Array
+    """``[1, 4 * d_hidden]``"""
+
+
+class CellWeights(nn.Module):
+    """Declares the parameters of an LSTM cell, by the names and with the values of linen's."""
+
+    d_hidden: int
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, inputs: Array, hidden: Array) -> Weights:
+        """The weights for such inputs and hidden states; of both, only the features matter."""
+        dense = functools.partial(DenseParams, self.d_hidden, param_dtype=self.param_dtype)
+        kernels = [dense(name=f"i{gate}", use_bias=False)(inputs)[0] for gate in GATES]
+        recurrent = functools.partial(dense, kernel_init=nn.LSTMCell.recurrent_kernel_init)
+        pairs = [recurrent(name=f"h{gate}")(hidden) for gate in GATES]
+        return Weights(
+            jnp.concatenate(kernels, axis=-1),
+            jnp.concatenate([kernel for kernel, _ in pairs], axis=-1),
+            jnp.concatenate([bias for _, bias in pairs if bias is not None], axis=-1)[None],
+        )
+
+
+class Steps(NamedTuple):
+    """What the loop runs over, and with what."""
+
+    projected: Array
+    """What the inputs add to the gates, ``[time, batch, 4 * d_hidden]``."""
+    kernel: Array
+    bias: Array
+    state: State
+    """Before the first step."""
+    valid: Array | None
+    """Where there is no padding, ``[time, batch, 1]``."""
+
+
+def run_lstm(
+    inputs: Array,
+    weights: Weights,
+    state: State,
+    valid: Array | None,
+    *,
+    reverse: bool,
+    return_sequences: bool,
+) -> Array:
+    """The hidden state at the last step, or at all.
+
+    Args:
+        inputs: ``[batch, time, features]``.
+        weights: in the dtype of the inputs.
+        state: before the first step.
+        valid: where there is no padding, ``[batch, time]``.
+        reverse: whether to run from the last step to the first.
+        return_sequences: whether to give all steps, padding as zeros.
+
+    Returns:
+        ``[batch, d_hidden]``, or ``[batch, time, d_hidden]``, in the dtype of the inputs.
+    """
+    inputs = jnp.swapaxes(inputs, 0, 1)
+    of_inputs, of_state, bias = map(_halved, weights)
+    steps = Steps(
+        projected=_product("ef,fg->eg", _flat(inputs), of_inputs).reshape(
+            *inputs.shape[:2], of_inputs.shape[1]
+        ),
+        kernel=of_state,
+        bias=bias.astype(_accumulated(bias)),
+        state=(state[0].astype(_accumulated(bias)), state[1].astype(_accumulated(bias))),
+        valid=None if valid is None else jnp.swapaxes(valid, 0, 1)[..., None],
+    )
+    hidden = _run(steps, reverse, return_sequences).astype(inputs.dtype)
+    return jnp.swapaxes(hidden, 0, 1) if return_sequences else hidden
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _run(steps: Steps, reverse: bool, return_sequences: bool) -> Array:
+    def step(state: State, each: tuple[Array, Array | None]) -> tuple[State, Array | None]:
+        state, output, _ = _step(steps, state, *each)
+        return state, output if return_sequences else None
+
+    each = steps.projected, steps.valid
+    (_, last), outputs = lax.scan(step, steps.state, each, reverse=reverse, unroll=UNROLL)
+    return last if outputs is None else outputs
+
+
+def _run_and_keep(steps: Steps, reverse: bool, return_sequences: bool) -> tuple[Array, Any]:
+    # The gates are written over what is projected, which is as large and no longer needed.
+    def step(
+        carry: tuple[Array, State], each: tuple[Array, Array | None]
+    ) -> tuple[tuple[Array, State], Any]:
+        (gates, state), (index, valid) = carry, each
+        projected = lax.dynamic_index_in_dim(gates, index, keepdims=False)
+        after, output, opened = _step(steps, state, projected, valid)
+        gates = lax.dynamic_update_index_in_dim(gates, opened, index, axis=0)
+        return (gates, after), (output if return_sequences else None, state)
+
+    each = jnp.arange(steps.projected.shape[0]), steps.valid
+    carry = steps.projected, steps.state
+    carry, (outputs, states) = lax.scan(step, carry, each, reverse=reverse, unroll=UNROLL)
+    gates, (_, last) = carry
+    return last if outputs is None else outputs, (steps.kernel, steps.valid, gates, states)
+
+
+def _run_back(reverse: bool, return_sequences: bool, kept: Any, change: Array) -> tuple[Steps]:
+    """What a change of the result asks of projected inputs, weights and state."""
+    kernel, valid, gates, (memory, hidden) = kept
+    back = kernel.T
+
+    def step(asked: State, each: Any) -> tuple[State, Array]:
+        gates, memory, valid, of_output = each
+        of_memory, of_hidden = asked
+        held = tuple(_where(valid, 0, part) for part in asked)
+        if of_output is not None:
+            of_hidden = of_hidden + of_output
+        of_memory, of_hidden = (_where(valid, part, 0) for part in (of_memory, of_hidden))
+        i, f, g, o = _opened(gates)
+        shown = jnp.tanh(f * memory + i * g)
+        of_memory = of_memory + of_hidden * o * (1 - shown**2)
+        of_gates = [of_memory * g / 2, of_memory * memory / 2, of_memory * i, of_hidden * shown / 2]
+        asked_of_gates = jnp.concatenate(of_gates, axis=-1) * (1 - gates**2)
+        of_memory, of_hidden = of_memory * f, _product("bg,gh->bh", asked_of_gates, back)
+        if valid is not None:
+            of_memory, of_hidden = of_memory + held[0], of_hidden + held[1]
+        return (of_memory, of_hidden), asked_of_gates
+
+    nothing = jnp.zeros(memory.shape[1:], memory.dtype)
+    last = nothing if return_sequences else change
+    each = gates, memory, valid, change if return_sequences else None
+    state, of_gates = lax.scan(step, (nothing, last), each, reverse=not reverse, unroll=UNROLL)
+    of_kernel = _product("eh,eg->hg", _flat(hidden), _flat(of_gates))
+    steps = Steps(of_gates, of_kernel.astype(kernel.dtype), of_gates.sum((0, 1))[None], state, None)
+    return (steps,)
+
+
+_run.defvjp(_run_and_keep, _run_back)
+
+
+def _step(
+    steps: Steps, state: State, projected: Array, valid: Array | None
+) -> tuple[State, Array, Array]:
+    """The next state, the output, and the gates before they are opened."""
+    memory, hidden = state
+    product = _product("bh,hg->bg", hidden.astype(steps.kernel.dtype), steps.kernel)
+    gates = jnp.tanh(projected + product + steps.bias)
+    i, f, g, o = _opened(gates)
+    new_memory = f * memory + i * g
+    new_hidden = o * jnp.tanh(new_memory)
+    after = _where(valid, new_memory, memory), _where(valid, new_hidden, hidden)
+    return after, _where(valid, new_hidden, 0), gates
+
+
+def _halved(weights: Array) -> Array:
+    """Fused weights, those of gates that open by a sigmoid halved."""
+    d_hidden = weights.shape[-1] // len(GATES)
+    halves = jnp.repeat(jnp.asarray([0.5, 0.5, 1, 0.5], weights.dtype), d_hidden)
+    return weights * halves.reshape(*[1] * (weights.ndim - 1), -1)
+
+
+def _opened(gates: Array) -> tuple[Array, Array, Array, Array]:
+    """The values of the gates, of the tanh of all of them."""
+    i, f, g, o = jnp.split(gates, len(GATES), axis=-1)
+    return i / 2 + 0.5, f / 2 + 0.5, g, o / 2 + 0.5
+
+
+def _where(valid: Array | None, x: Array | int, otherwise: Array | int) -> Array:
+    """One where there is no padding, and the other elsewhere."""
+    return jnp.asarray(x) if valid is None else jnp.where(valid, x, otherwise)
+
+
+def _flat(x: Array) -> Array:
+    """All steps of all examples on one axis, for which products are faster."""
+    return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+
+
+def _product(subscripts: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(subscripts, x, y, preferred_element_type=_accumulated(x, y))
+
+
+def _accumulated(*operands: Array) -> Any:
+    """The dtype of sums of products, of gates and of the state."""
+    return functools.reduce(jnp.promote_types, (x.dtype for x in operands), jnp.float32)
