@@ -98,6 +98,8 @@ def run_lstm(
     Returns:
         ``[batch, d_hidden]``, or ``[batch, time, d_hidden]``, in the dtype of the inputs.
     """
+    if inputs.shape[1] == 0:
+        return jnp.repeat(state[1][:, None], 0, axis=1) if return_sequences else state[1]
     inputs = jnp.swapaxes(inputs, 0, 1)
     of_inputs, of_state, bias = map(_halved, weights)
     steps = Steps(
