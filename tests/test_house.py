@@ -32,6 +32,7 @@ ORDER = [
     "_merge",
     "_derived",
     "_lift",
+    "_layers",
     "_specs",
     "_record",
     "_shapes",

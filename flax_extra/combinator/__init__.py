@@ -33,6 +33,7 @@ from flax_extra.combinator._diagram import Diagram, diagram
 from flax_extra.combinator._errors import ShapeError, SharingError, SignatureError
 from flax_extra.combinator._flow import Parallel, Serial, parallel, serial
 from flax_extra.combinator._inference import infer_signature
+from flax_extra.combinator._layers import stack_layers, unstack_layers
 from flax_extra.combinator._leaf import Fn, fn
 from flax_extra.combinator._lift import Remat, Repeat, Scan, remat, repeat, scan
 from flax_extra.combinator._merge import (
@@ -97,6 +98,8 @@ __all__ = [
     "repeat",
     "scan",
     "remat",
+    "stack_layers",
+    "unstack_layers",
     # shapes, before there are arrays
     "shape_signature",
     "typed",

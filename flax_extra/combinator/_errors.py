@@ -14,7 +14,7 @@ over text, so that all wording can be read, and reworded, in one place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class SignatureError(ValueError):
@@ -486,3 +486,53 @@ def _count(n: int, one: str, many: str | None = None) -> str:
 
 def _is_there(n: int) -> str:
     return "none is there" if n == 0 else f"only {n} {'is' if n == 1 else 'are'} there"
+
+
+# Variables of copies
+
+MOST_LISTED = 8
+
+
+def no_number(asked: str, name: str, value: str) -> ValueError:
+    return ValueError(
+        f"{asked} takes for {name} the name of a scope with {{}} for its number, such as "
+        f"'layers_{{}}'; got {value!r}."
+    )
+
+
+def no_such_scope(asked: str, path: str, scopes: list[str]) -> ValueError:
+    listed = ", ".join(
+        [*map(repr, scopes[:MOST_LISTED]), *(["..."] if scopes[MOST_LISTED:] else [])]
+    )
+    return ValueError(
+        f"{asked} finds no variables in {path!r}. There are some in {listed or 'no scope'}."
+    )
+
+
+def not_stacked(path: str, sizes: Mapping[str, int | None]) -> ValueError:
+    listed = ", ".join(
+        f"{name}: {'no axis' if size is None else size}"
+        for name, size in list(sizes.items())[:MOST_LISTED]
+    )
+    return ValueError(
+        f"unstack_layers takes the variables of a repeat, whose leading axes are one number of "
+        f"copies; those in {path!r} are {listed}."
+    )
+
+
+def taken_scope(asked: str, into: str, name: str) -> ValueError:
+    return ValueError(f"{asked} would put {name!r} where there is something. Change into={into!r}.")
+
+
+def missing_copy(layers: str, name: str, missing: int, n: int) -> ValueError:
+    return ValueError(
+        f"stack_layers finds {n} of {layers!r} with {name!r}, and none with number {missing}. "
+        "Copies are numbered from 0, and each has the same variables."
+    )
+
+
+def different_copies(layers: str, name: str, first: str, i: int, found: str) -> ValueError:
+    return ValueError(
+        f"stack_layers stacks copies of one layer; {name!r} is {first} in "
+        f"{layers.format(0)!r} and {found} in {layers.format(i)!r}."
+    )
