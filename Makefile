@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo perceiver test parity check clean
+.PHONY: help demo perceiver test parity bench check clean
 
 help:
 	@echo "make demo       train the digits autoencoder and draw what it rebuilds"
 	@echo "make perceiver  train a language model on Python's own library and fill in masks"
 	@echo "make test       run the tests and every example in the docs"
 	@echo "make parity     compare the layers with torch, the Perceivers with transformers"
+	@echo "make bench      measure speed against what people use today, and write docs/benchmarks.md"
 	@echo "make check      formatting, lint and strict types"
 	@echo "make clean      remove the environment and what was generated"
 
@@ -27,6 +28,9 @@ test: $(VENV)/installed-test
 
 parity: $(VENV)/installed-parity
 	$(PYTEST) tests/parity
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m tests.benchmarks --page docs/benchmarks.md
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff format --check

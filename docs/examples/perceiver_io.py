@@ -135,7 +135,10 @@ def processor(
     Source: Jaegle et al. (2021), section 3.1; for shared weights Jaegle et al., "Perceiver: General
     Perception with Iterative Attention" (2021), section 3.
     """
-    return cb.repeat(cb.repeat(block, n_layers, name="layers"), n_shards, shared=True, name=name)
+    layers = cb.repeat(block, n_layers, name="layers")
+    if n_shards == 1:
+        return cb.serial(layers, name=name)
+    return cb.repeat(layers, n_shards, shared=True, name=name)
 
 
 def decoder(cross_attention: Function) -> cb.Combinator:
