@@ -256,14 +256,18 @@ def _trial(
 
 def _parameters(variables: Any) -> dict[str, str]:
     leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(variables))
-    return {"/".join(str(key.key) for key in path): describe_item(leaf) for path, leaf in leaves}
+    return {_joined(path): describe_item(leaf) for path, leaf in leaves}
 
 
 def _symbolic(variables: Any) -> Iterator[tuple[str, str, list[str]]]:
     """The parameters that have a dimension with a name."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(variables)):
         if names := names_in([leaf]):
-            yield "/".join(str(key.key) for key in path), describe_item(leaf), names
+            yield _joined(path), describe_item(leaf), names
+
+
+def _joined(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _told(error: Exception) -> tuple[str, str]:

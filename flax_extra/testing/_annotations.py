@@ -372,9 +372,15 @@ def _equal(expected: Any, found: Any) -> bool:
 def _holds_array(declared: ArrayOf, value: Any, sizes: Sizes, scope: Mapping[str, Any]) -> bool:
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         return False
-    if declared.dtypes is not None and jnp.dtype(value.dtype).name not in declared.dtypes:
+    if declared.dtypes is not None and _dtype_name(value.dtype) not in declared.dtypes:
         return False
     return fit(declared.axes, value.shape, sizes, scope)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of a dtype, as jaxtyping knows it."""
+    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return "prng_key" if is_key else str(jnp.dtype(dtype).name)
 
 
 def _holds_alternative(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -71,7 +72,7 @@ def assert_same_program(
         if a != b:
             raise _errors.different_programs(*names, index, a, b)
     for index, (c, d) in enumerate(zip(ours.consts, theirs.consts, strict=True)):
-        if not np.array_equal(c, d):
+        if not np.array_equal(_numbers(c), _numbers(d)):
             raise _errors.different_constants(*names, index, describe_item(c), describe_item(d))
 
 
@@ -139,6 +140,11 @@ def _without_jaxprs(value: Any, found: list[Jaxpr]) -> Any:
     if isinstance(value, tuple | list):
         return [_without_jaxprs(part, found) for part in value]
     return value
+
+
+def _numbers(constant: Any) -> Any:
+    is_key = jnp.issubdtype(constant.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(constant) if is_key else constant
 
 
 def _described(variables: Any) -> str:

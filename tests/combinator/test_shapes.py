@@ -279,6 +279,16 @@ def test_a_name_that_sizes_a_parameter() -> None:
     )
 
 
+def test_a_name_that_sizes_one_of_several_arrays_in_a_parameter() -> None:
+    class Several(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            first, _ = self.param("w", lambda key: [jnp.ones(x.shape[-1]), jnp.ones(3)])
+            return x * first[None]
+
+    assert refused(Several(), "f32[b, d]").startswith("Parameter Several_0/w/0 would be f32[d],")
+
+
 def test_a_name_that_sizes_a_parameter_and_fails_there() -> None:
     assert refused(cb.repeat(block(), 2), "f32[b, t, d]", "bool[b, t, t]") == (
         "Parameter FeedForward_0/Dense_0/bias would be f32[2, 192] for d = 48, so that 'd' sizes "

@@ -4,9 +4,12 @@ import itertools
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from jax import Array
+from jaxtyping import Int, Key
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
@@ -110,3 +113,18 @@ def test_without_hypothesis_the_extra_is_named():
         "flax_extra.testing needs hypothesis, and it is not installed. Install the extra that "
         "brings it: pip install 'flax_extra[test]'.\n"
     )
+
+
+def test_random_keys_are_constants_and_outputs_like_any_other():
+    def noise(seed):
+        key = jax.random.key(seed)
+        return lambda x: jax.random.normal(key, x.shape) + x
+
+    testing.assert_same_program(noise(1), noise(1), X)
+    with pytest.raises(AssertionError, match="their constant 0 differs"):
+        testing.assert_same_program(noise(1), noise(2), X)
+
+    def keys(seed: Int[Array, ""]) -> Key[Array, ""]:
+        return jax.random.key(seed)
+
+    testing.check_shapes(keys)
