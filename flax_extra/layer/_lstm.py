@@ -13,6 +13,7 @@ going back through time: Werbos, "Backpropagation Through Time: What It Does and
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -122,8 +123,9 @@ def _run(steps: Steps, reverse: bool, return_sequences: bool) -> Array:
         return state, output if return_sequences else None
 
     each = steps.projected, steps.valid
-    (_, last), outputs = lax.scan(step, steps.state, each, reverse=reverse, unroll=UNROLL)
-    return last if outputs is None else outputs
+    (_, last), outputs = _scan(step, steps.state, each, reverse)
+    hidden: Array = last if outputs is None else outputs
+    return hidden
 
 
 def _run_and_keep(steps: Steps, reverse: bool, return_sequences: bool) -> tuple[Array, Any]:
@@ -139,7 +141,7 @@ def _run_and_keep(steps: Steps, reverse: bool, return_sequences: bool) -> tuple[
 
     each = jnp.arange(steps.projected.shape[0]), steps.valid
     carry = steps.projected, steps.state
-    carry, (outputs, states) = lax.scan(step, carry, each, reverse=reverse, unroll=UNROLL)
+    carry, (outputs, states) = _scan(step, carry, each, reverse)
     gates, (_, last) = carry
     return last if outputs is None else outputs, (steps.kernel, steps.valid, gates, states)
 
@@ -169,13 +171,19 @@ def _run_back(reverse: bool, return_sequences: bool, kept: Any, change: Array) -
     nothing = jnp.zeros(memory.shape[1:], memory.dtype)
     last = nothing if return_sequences else change
     each = gates, memory, valid, change if return_sequences else None
-    state, of_gates = lax.scan(step, (nothing, last), each, reverse=not reverse, unroll=UNROLL)
+    state, of_gates = _scan(step, (nothing, last), each, not reverse)
     of_kernel = _product("eh,eg->hg", _flat(hidden), _flat(of_gates))
     steps = Steps(of_gates, of_kernel.astype(kernel.dtype), of_gates.sum((0, 1))[None], state, None)
     return (steps,)
 
 
 _run.defvjp(_run_and_keep, _run_back)
+
+
+def _scan(step: Callable[[Any, Any], Any], carry: Any, each: Any, reverse: bool) -> tuple[Any, Any]:
+    # A symbolic length, as of a program exported for all lengths, cannot be divided into turns.
+    unroll = UNROLL if isinstance(each[0].shape[0], int) else 1
+    return lax.scan(step, carry, each, reverse=reverse, unroll=unroll)
 
 
 def _step(

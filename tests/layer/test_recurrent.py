@@ -348,6 +348,18 @@ def test_shapes_with_symbolic_dimensions() -> None:
     assert found.shape == (b, t, HIDDEN)
 
 
+def test_one_exported_program_for_all_lengths() -> None:
+    b, t = jax.export.symbolic_shape("b, t")
+    x = jax.ShapeDtypeStruct((b, t, FEATURES), jnp.float32)
+
+    @jax.jit
+    def change(x: Any) -> Any:
+        return jax.grad(lambda x: run(x).sum())(x)
+
+    found = jax.export.export(change)(x).call(X)
+    np.testing.assert_allclose(found, change(X), rtol=1e-6, atol=1e-6)
+
+
 # What goes wrong.
 
 
