@@ -143,15 +143,7 @@ class Steps:
     frame: Frame
 
     def __call__(self, index: int, stack: Stack) -> Stack:
-        child, frame = _entered(self.owner, index, self.frame)
-        if frame.watch is not None:
-            return _watched(child, stack, frame)
-        if child.structure is None:
-            return _call(child, stack, frame)
-        # Not by _advance: each frame of Python here is one more for all steps within, and JAX
-        # notes where each equation came from.
-        combinator, frame = _meant(*_structure(child, frame))
-        return combinator.flow(stack, Steps(combinator, frame))
+        return _step(self.owner, index, stack, self.frame)
 
     def on(self, owner: Combinator) -> Steps:
         """The same steps inside a lifted transform, on the owner as it is bound there."""
@@ -188,24 +180,17 @@ def run(combinator: Combinator, inputs: Stack, context: Mapping[str, Any]) -> An
 
 def evaluate(combinator: Combinator, stack: Stack, frame: Frame) -> Stack:
     """The stack after a combinator: what it means, where it is derived, else what it does."""
-    combinator, frame = _meant(combinator, frame)
-    return combinator.flow(stack, Steps(combinator, frame))
+    meaning = combinator.meaning
+    if meaning is None:
+        return combinator.flow(stack, Steps(combinator, frame))
+    if frame.derived is None:
+        frame = dataclasses.replace(frame, derived=combinator)
+    if not len(combinator.children) and frame.operation is None:
+        frame = dataclasses.replace(frame, operation=combinator.label)
+    return evaluate(meaning, stack, frame)
 
 
-def _meant(combinator: Combinator, frame: Frame) -> tuple[Combinator, Frame]:
-    """The primitive that a derived combinator is written in, or the combinator itself."""
-    while (meaning := combinator.meaning) is not None:
-        derived = frame.derived or combinator
-        operation = frame.operation
-        if operation is None and not len(combinator.children):
-            operation = combinator.label
-        frame = dataclasses.replace(frame, derived=derived, operation=operation)
-        combinator = meaning
-    return combinator, frame
-
-
-def _entered(owner: Combinator, index: int, frame: Frame) -> tuple[Child, Frame]:
-    """A child, and where the walk stands at it."""
+def _step(owner: Combinator, index: int, stack: Stack, frame: Frame) -> Stack:
     child = owner.children[index]
     if frame.derived is None:
         frame = frame.into(owner, index)
@@ -214,10 +199,8 @@ def _entered(owner: Combinator, index: int, frame: Frame) -> tuple[Child, Frame]
         child = slot.child
         if slot.owner is frame.derived:
             frame = frame.into(slot.owner, slot.index)
-    return child, frame
-
-
-def _watched(child: Child, stack: Stack, frame: Frame) -> Stack:
+    if frame.watch is None:
+        return _advance(child, stack, frame)
     visit = Visit(
         position=frame.position,
         path=_path(child, frame),
@@ -226,9 +209,7 @@ def _watched(child: Child, stack: Stack, frame: Frame) -> Stack:
         stack=stack,
         is_wiring=frame.derived is not None,
     )
-    watch: Any = frame.watch
-    after: Stack = watch(visit, functools.partial(_advance, child, stack, frame))
-    return after
+    return frame.watch(visit, functools.partial(_advance, child, stack, frame))
 
 
 def _path(child: Child, frame: Frame) -> tuple[str, ...]:
@@ -244,18 +225,12 @@ def _module(child: Child, frame: Frame) -> nn.Module | None:
 
 def _advance(child: Child, stack: Stack, frame: Frame) -> Stack:
     """The stack after a child: its meaning, if its layers are named out here, else its call."""
-    if child.structure is None:
+    structure = child.structure
+    if structure is None:
         return _call(child, stack, frame)
-    combinator, frame = _structure(child, frame)
-    return evaluate(combinator, stack, frame)
-
-
-def _structure(child: Child, frame: Frame) -> tuple[Combinator, Frame]:
-    """The combinator that a child is, and the context that it fixes."""
     if child.fixed:
         frame = dataclasses.replace(frame, context={**frame.context, **child.fixed})
-    combinator: Any = child.structure
-    return combinator, frame
+    return evaluate(structure, stack, frame)
 
 
 def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
