@@ -29,7 +29,7 @@ from flax_extra.combinator._binding import (
 )
 from flax_extra.combinator._children import NO_CHILDREN, Child, Children
 from flax_extra.combinator._expression import Argument, expression, representation, settings
-from flax_extra.combinator._run import Slot, Steps, run
+from flax_extra.combinator._run import Flow, Slot, Steps, run
 from flax_extra.combinator._signature import Signature
 from flax_extra.combinator._stack import Stack
 
@@ -123,8 +123,12 @@ class Combinator(nn.Module):
         return self.meaning.signature
 
     @nn.nowrap
-    def flow(self, stack: Stack, steps: Steps) -> Stack:
-        """Runs a primitive combinator: the stack after it. For those that do not ``expand``."""
+    def flow(self, stack: Stack, steps: Steps) -> Flow | Stack:
+        """Runs a primitive combinator: the stack after it. For those that do not ``expand``.
+
+        Where it runs children it is a generator: it yields the index of one with the stack for it,
+        and is sent the stack after.
+        """
         raise _errors.no_meaning(type(self).__name__)
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 
 from flax_extra.combinator._base import OPERATORS, Combinator, join
 from flax_extra.combinator._children import Children
-from flax_extra.combinator._run import Steps
+from flax_extra.combinator._run import Flow, Steps
 from flax_extra.combinator._signature import Signature, in_parallel, in_series
 from flax_extra.combinator._stack import Stack, put, take
 
@@ -29,9 +29,9 @@ class Serial(Combinator):
     def signature(self) -> Signature:
         return in_series(child.signature for child in self.children)
 
-    def flow(self, stack: Stack, steps: Steps) -> Stack:
+    def flow(self, stack: Stack, steps: Steps) -> Flow:
         for index in range(len(self.children)):
-            stack = steps(index, stack)
+            stack = yield index, stack
         return stack
 
 
@@ -57,11 +57,12 @@ class Parallel(Combinator):
             start += child.signature.n_in
         return tuple(spans)
 
-    def flow(self, stack: Stack, steps: Steps) -> Stack:
+    def flow(self, stack: Stack, steps: Steps) -> Flow:
         taken, rest = take(stack, self.signature.n_in)
         outputs: Stack = ()
         for index, span in enumerate(self.spans):
-            outputs = put(outputs, steps(index, taken[slice(*span.index_bounds)]))
+            given = yield index, taken[slice(*span.index_bounds)]
+            outputs = put(outputs, given)
         return put(outputs, rest)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from flax_extra.combinator._base import Combinator
 from flax_extra.combinator._children import Children, child_of
 from flax_extra.combinator._expression import Argument
-from flax_extra.combinator._run import Steps
+from flax_extra.combinator._run import Flow, Steps
 from flax_extra.combinator._signature import Signature
 from flax_extra.combinator._stack import Stack
 
@@ -23,8 +23,8 @@ class Fn(Combinator):
     def signature(self) -> Signature:
         return self.children[0].signature
 
-    def flow(self, stack: Stack, steps: Steps) -> Stack:
-        return steps(0, stack)
+    def flow(self, stack: Stack, steps: Steps) -> Flow:
+        return (yield 0, stack)
 
     @property
     def arguments(self) -> list[Argument]:

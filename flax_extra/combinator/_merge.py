@@ -20,7 +20,7 @@ from flax_extra.combinator._base import Combinator, only_child
 from flax_extra.combinator._expression import expression
 from flax_extra.combinator._inference import shorten
 from flax_extra.combinator._leaf import fn
-from flax_extra.combinator._run import Steps
+from flax_extra.combinator._run import Flow, Steps
 from flax_extra.combinator._shuffle import check_items, integer
 from flax_extra.combinator._signature import Signature
 from flax_extra.combinator._stack import Stack, put, take
@@ -35,11 +35,11 @@ class Fold(Combinator):
     def signature(self) -> Signature:
         return Signature(self.n_in, 1)
 
-    def flow(self, stack: Stack, steps: Steps) -> Stack:
+    def flow(self, stack: Stack, steps: Steps) -> Flow:
         items, rest = take(stack, self.n_in)
         folded = items[:1]
         for item in items[1:]:
-            folded = steps(0, put(folded, (item,)))
+            folded = yield 0, put(folded, (item,))
         return put(folded, rest)
 
     def _check(self) -> None:

@@ -2,6 +2,9 @@
 
 Structural combinators are only read; what is called is layers and functions. So a pipeline leaves
 nothing of itself in the compiled program, and every error knows its path.
+
+The walk is a loop, however deep the expression: jax walks Python's frames at every operation that
+it traces, and Python allows a thousand of them.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flax import linen as nn
@@ -57,6 +60,9 @@ class Visit:
     stack: Stack
     is_wiring: bool
 
+
+Flow: TypeAlias = Generator[tuple[int, Stack], Stack, Stack]
+"""Yields the index of a child with the stack for it, is sent the stack after, returns its own."""
 
 Watch: TypeAlias = Callable[[Visit, Callable[[], Stack]], Stack]
 """Called in place of each step, with the step itself to call: it sees what goes in and out."""
@@ -137,13 +143,17 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Runs the children of one combinator: ``steps(index, stack)`` gives the stack after one."""
+    """Runs the children of one combinator: ``steps(index, stack)`` gives the stack after one.
+
+    For a flow that has to have it there and then, inside of a transform; others yield and wait.
+    """
 
     owner: Combinator
     frame: Frame
 
     def __call__(self, index: int, stack: Stack) -> Stack:
-        return _step(self.owner, index, stack, self.frame)
+        child, frame = _entered(self.owner, index, self.frame)
+        return _observed(child, stack, frame)
 
     def on(self, owner: Combinator) -> Steps:
         """The same steps inside a lifted transform, on the owner as it is bound there."""
@@ -180,17 +190,53 @@ def run(combinator: Combinator, inputs: Stack, context: Mapping[str, Any]) -> An
 
 def evaluate(combinator: Combinator, stack: Stack, frame: Frame) -> Stack:
     """The stack after a combinator: what it means, where it is derived, else what it does."""
-    meaning = combinator.meaning
-    if meaning is None:
-        return combinator.flow(stack, Steps(combinator, frame))
-    if frame.derived is None:
-        frame = dataclasses.replace(frame, derived=combinator)
-    if not len(combinator.children) and frame.operation is None:
-        frame = dataclasses.replace(frame, operation=combinator.label)
-    return evaluate(meaning, stack, frame)
+    combinator, frame = _primitive(combinator, frame)
+    running = [(combinator, frame, _started(combinator, stack, frame))]
+    result: Any = None  # what a flow is sent: None at its start
+    while running:
+        combinator, frame, flow = running[-1]
+        try:
+            index, stack = flow.send(result)
+        except StopIteration as finished:
+            running.pop()
+            result = finished.value
+            continue
+        child, frame = _entered(combinator, index, frame)
+        structure = child.structure
+        if structure is None or frame.watch is not None:
+            result = _observed(child, stack, frame)
+        else:
+            combinator, frame = _primitive(structure, _fixing(child, frame))
+            running.append((combinator, frame, _started(combinator, stack, frame)))
+            result = None
+    after: Stack = result
+    return after
 
 
-def _step(owner: Combinator, index: int, stack: Stack, frame: Frame) -> Stack:
+def _primitive(combinator: Combinator, frame: Frame) -> tuple[Combinator, Frame]:
+    """The primitive combinator that one means in the end."""
+    while combinator.meaning is not None:
+        if frame.derived is None:
+            frame = dataclasses.replace(frame, derived=combinator)
+        if not len(combinator.children) and frame.operation is None:
+            frame = dataclasses.replace(frame, operation=combinator.label)
+        combinator = combinator.meaning
+    return combinator, frame
+
+
+def _started(combinator: Combinator, stack: Stack, frame: Frame) -> Flow:
+    flow = combinator.flow(stack, Steps(combinator, frame))
+    return _over(flow) if isinstance(flow, tuple) else flow
+
+
+def _over(stack: Stack) -> Flow:
+    """The flow of a combinator that has run without asking for a child."""
+    yield from ()
+    return stack
+
+
+def _entered(owner: Combinator, index: int, frame: Frame) -> tuple[Child, Frame]:
+    """A child, or what stands for it, and the frame in which it runs."""
     child = owner.children[index]
     if frame.derived is None:
         frame = frame.into(owner, index)
@@ -199,6 +245,11 @@ def _step(owner: Combinator, index: int, stack: Stack, frame: Frame) -> Stack:
         child = slot.child
         if slot.owner is frame.derived:
             frame = frame.into(slot.owner, slot.index)
+    return child, frame
+
+
+def _observed(child: Child, stack: Stack, frame: Frame) -> Stack:
+    """The stack after a child, under the eyes of who watches."""
     if frame.watch is None:
         return _advance(child, stack, frame)
     visit = Visit(
@@ -228,9 +279,14 @@ def _advance(child: Child, stack: Stack, frame: Frame) -> Stack:
     structure = child.structure
     if structure is None:
         return _call(child, stack, frame)
-    if child.fixed:
-        frame = dataclasses.replace(frame, context={**frame.context, **child.fixed})
-    return evaluate(structure, stack, frame)
+    return evaluate(structure, stack, _fixing(child, frame))
+
+
+def _fixing(child: Child, frame: Frame) -> Frame:
+    """The frame with the keywords that are fixed for this child."""
+    if not child.fixed:
+        return frame
+    return dataclasses.replace(frame, context={**frame.context, **child.fixed})
 
 
 def _call(child: Child, stack: Stack, frame: Frame) -> Stack:

@@ -22,7 +22,7 @@ from flax_extra.combinator._base import Combinator, only_child
 from flax_extra.combinator._children import Children
 from flax_extra.combinator._expression import Argument
 from flax_extra.combinator._record import Record, Recording, record
-from flax_extra.combinator._run import Steps
+from flax_extra.combinator._run import Flow, Steps
 from flax_extra.combinator._signature import Signature
 from flax_extra.combinator._specs import canonical, names_in, parse_items, with_sizes
 from flax_extra.combinator._stack import Stack, describe, describe_item
@@ -107,8 +107,8 @@ class Typed(Combinator):
             self, "__doc__", f"A pipeline ``{self.declared}``.\n\n{type(self).__doc__}"
         )
 
-    def flow(self, stack: Stack, steps: Steps) -> Stack:
-        return steps(0, stack)
+    def flow(self, stack: Stack, steps: Steps) -> Flow:
+        return (yield 0, stack)
 
     @property
     def parts(self) -> Children:
