@@ -435,5 +435,6 @@ def only_child(asked: str, f: Any) -> Children:
     return children
 
 
+@functools.cache
 def _snake_case(name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
