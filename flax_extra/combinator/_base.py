@@ -18,13 +18,16 @@ from flax.errors import SetAttributeFrozenModuleError
 
 from flax_extra.combinator import _errors
 from flax_extra.combinator._binding import (
+    UNBOUND,
     Binding,
     bind_as_scope,
     bind_in_host,
     current_module,
     has_numbered_name,
     in_setup,
+    is_in_transform,
     is_unspecified,
+    layout,
     release,
 )
 from flax_extra.combinator._children import NO_CHILDREN, Child, Children
@@ -227,8 +230,28 @@ class Combinator(nn.Module):
         if name != "children":
             if name != "bound":
                 super()._register_submodules(name, val)  # type: ignore[no-untyped-call]
-        elif self.bound is None and (self._host is None or self._state.is_initialized):
+        elif self.bound is None and self._binds_now:
             self._bind()
+
+    @property
+    def _binds_now(self) -> bool:
+        if self._host is not None:
+            return self._state.is_initialized
+        # What is in a stack is in it alone, and is bound inside of the loop, where it runs: linen
+        # would have to carry each layer into it.
+        return not self.stacks or is_in_transform(self)
+
+    @property
+    def binding(self) -> Binding:
+        """Its bound layers; those of a stack are bound now, if they are not yet."""
+        if self.bound is None and self.stacks and self.scope is not None:
+            self._bind()
+        return self.bound or UNBOUND
+
+    def __getattr__(self, name: str) -> Any:
+        if self.bound is None and self.stacks and any(name == n for n, _ in layout(self.children)):
+            _ = self.binding
+        return super().__getattr__(name)  # type: ignore[no-untyped-call]
 
     @nn.nowrap
     def _bind(self) -> None:
@@ -347,15 +370,15 @@ class Combinator(nn.Module):
         """What a child is from outside: where this is bound, it is bound too."""
         if child.structure is not None:
             return self._view(child.structure, child.structure.children)
-        if child.module is None or self.bound is None:
+        if child.module is None:
             return child.target
-        return child.on(self.bound.find(child.module))
+        return child.on(self.binding.find(child.module))
 
     @nn.nowrap
     def _view(self, combinator: Combinator, children: Children) -> Combinator:
-        if self.bound is not None and self._host is None:
+        if self.scope is not None and self._host is None:
             # With the bound layers in it, which keep their names when it is unbound.
-            bound = children.with_modules(self.bound.find)
+            bound = children.with_modules(self.binding.find)
             return combinator.clone(children=bound, name=None, parent=self.scope)
         if children is combinator.children:
             return combinator

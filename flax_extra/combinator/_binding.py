@@ -84,13 +84,18 @@ def bind_as_scope(owner: Combinator) -> Binding:
     """Binds the layers of a combinator that has a scope of its own."""
     originals: list[nn.Module] = []
     modules: list[nn.Module] = []
-    for name, module in layout(owner.children):
-        bound = _adopt(owner, name, module)
-        _check_stack(owner, bound)
-        originals.append(module)
-        modules.append(bound)
-        if not hasattr(type(owner), name):
-            object.__setattr__(owner, name, bound)  # as linen does for modules assigned in setup
+    was_in_setup = owner._state.in_setup
+    owner._state.in_setup = True  # when linen lets a module have new ones
+    try:
+        for name, module in layout(owner.children):
+            bound = _adopt(owner, name, module)
+            _check_stack(owner, bound)
+            originals.append(module)
+            modules.append(bound)
+            if not hasattr(type(owner), name):
+                object.__setattr__(owner, name, bound)  # as linen does for those made in setup
+    finally:
+        owner._state.in_setup = was_in_setup
     return Binding(tuple(originals), tuple(modules))
 
 
@@ -120,6 +125,11 @@ def is_unspecified(parent: Any) -> bool:
 def in_setup(module: nn.Module) -> bool:
     """Whether a module is in its setup, where modules wait for a name."""
     return module._state.in_setup
+
+
+def is_in_transform(module: nn.Module) -> bool:
+    """Whether it is the clone of a module that runs inside of a lifted transform."""
+    return module._state.setup_called is linen_module.SetupState.TRANSFORMED
 
 
 def release(owner: Combinator, host: nn.Module) -> None:

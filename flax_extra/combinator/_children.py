@@ -48,8 +48,12 @@ class Child:
     @property
     def structure(self) -> Combinator | None:
         """The combinator that this is, where its children are named by the scope outside."""
-        target = self.target
-        return target if is_combinator(target) and not target.opens_scope else None
+        combinator = self._combinator
+        return None if combinator is None or combinator.opens_scope else combinator
+
+    @functools.cached_property
+    def _combinator(self) -> Combinator | None:
+        return self.target if is_combinator(self.target) else None
 
     @functools.cached_property
     def module(self) -> nn.Module | None:

@@ -70,7 +70,7 @@ class Residual(Combinator):
         return parts.joined(Children(self.children.items[-1:]))
 
     def segment(self, index: int) -> str:
-        is_body = index < len(self.body)
+        is_body = index < len(self.children) - 1
         return super().segment(index) if is_body else f"{self.label}[shortcut]"
 
     def _check(self) -> None:

@@ -60,9 +60,9 @@ class Parallel(Combinator):
     def flow(self, stack: Stack, steps: Steps) -> Flow:
         taken, rest = take(stack, self.signature.n_in)
         outputs: Stack = ()
-        for index, span in enumerate(self.spans):
-            given = yield index, taken[slice(*span.index_bounds)]
-            outputs = put(outputs, given)
+        for index, child in enumerate(self.children):
+            given, taken = take(taken, child.signature.n_in)
+            outputs = put(outputs, (yield index, given))
         return put(outputs, rest)
 
 

@@ -49,6 +49,11 @@ class Contract:
     keywords: frozenset[str]
     names: tuple[str | None, ...]
 
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether the items are the arguments, one for one and by position."""
+        return not any(self.names) and not any(self.signature.in_shape)
+
 
 def infer_signature(f: Callable[..., Any]) -> Signature:
     """The signature of a callable.

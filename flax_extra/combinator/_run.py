@@ -13,7 +13,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from flax import linen as nn
 
@@ -103,37 +103,35 @@ class Slot:
         raise _errors.no_meaning(self.owner.label)
 
 
-@dataclasses.dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """What the walk knows where it stands.
 
     Args:
-        path: the segments from the outermost pipeline to here.
-        position: the indices of children that lead here.
         binding: which bound module stands for which child.
         context: the keywords handed to every descendant that takes them.
         n_in: how many inputs the pipeline takes, for errors.
         given: how many it was given.
         watch: who looks at each step, if anyone does.
+        path: the segments from the outermost pipeline to here.
+        position: the indices of children that lead here.
         derived: the derived combinator whose meaning is being run, if one is. Its wiring adds
             nothing to the path.
         operation: the childless combinator that is being run, if one is.
     """
 
-    path: tuple[str, ...]
-    position: tuple[int, ...]
     binding: Binding
     context: Mapping[str, Any]
     n_in: int
     given: int
-    watch: Watch | None = None
+    watch: Watch | None
+    path: tuple[str, ...]
+    position: tuple[int, ...]
     derived: Combinator | None = None
     operation: str | None = None
 
     def into(self, owner: Combinator, index: int) -> Frame:
         path = (*self.path, owner.segment(index)) if owner.is_visible else self.path
-        position = (*self.position, index)
-        return dataclasses.replace(self, path=path, position=position, derived=None, operation=None)
+        return Frame(*self[:5], path, (*self.position, index))
 
     def leaf_path(self, name: str) -> tuple[str, ...]:
         if self.derived is not None and len(self.derived.children):
@@ -157,8 +155,7 @@ class Steps:
 
     def on(self, owner: Combinator) -> Steps:
         """The same steps inside a lifted transform, on the owner as it is bound there."""
-        binding = owner.bound if owner.bound is not None else UNBOUND
-        return Steps(owner, dataclasses.replace(self.frame, binding=binding))
+        return Steps(owner, self.frame._replace(binding=owner.binding))
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -174,13 +171,13 @@ def run(combinator: Combinator, inputs: Stack, context: Mapping[str, Any]) -> An
     signature = combinator.signature
     place = _place.get()
     frame = Frame(
-        path=place.path,
-        position=place.position,
-        watch=place.watch,
-        binding=combinator.bound if combinator.bound is not None else UNBOUND,
+        binding=combinator.bound or UNBOUND,
         context=context,
         n_in=signature.n_in,
         given=len(stack),
+        watch=place.watch,
+        path=place.path,
+        position=place.position,
     )
     result = evaluate(combinator, pad(stack, signature.n_in), frame)
     if frame.given < frame.n_in:  # nothing looked at what is missing: it was handed on, or dropped
@@ -203,8 +200,10 @@ def evaluate(combinator: Combinator, stack: Stack, frame: Frame) -> Stack:
             continue
         child, frame = _entered(combinator, index, frame)
         structure = child.structure
-        if structure is None or frame.watch is not None:
+        if frame.watch is not None:
             result = _observed(child, stack, frame)
+        elif structure is None:
+            result = _call(child, stack, frame)
         else:
             combinator, frame = _primitive(structure, _fixing(child, frame))
             running.append((combinator, frame, _started(combinator, stack, frame)))
@@ -217,9 +216,9 @@ def _primitive(combinator: Combinator, frame: Frame) -> tuple[Combinator, Frame]
     """The primitive combinator that one means in the end."""
     while combinator.meaning is not None:
         if frame.derived is None:
-            frame = dataclasses.replace(frame, derived=combinator)
+            frame = frame._replace(derived=combinator)
         if not len(combinator.children) and frame.operation is None:
-            frame = dataclasses.replace(frame, operation=combinator.label)
+            frame = frame._replace(operation=combinator.label)
         combinator = combinator.meaning
     return combinator, frame
 
@@ -286,7 +285,7 @@ def _fixing(child: Child, frame: Frame) -> Frame:
     """The frame with the keywords that are fixed for this child."""
     if not child.fixed:
         return frame
-    return dataclasses.replace(frame, context={**frame.context, **child.fixed})
+    return frame._replace(context={**frame.context, **child.fixed})
 
 
 def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
@@ -301,9 +300,10 @@ def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
         place = Place(path[:-1], frame.position, frame.watch)
     else:
         place = Place(path)
+    positional, keywords = _passed(child, items, frame.context)
     token = _place.set(place)
     try:
-        returned = f(*_positional(child, items), **_keywords(child, items, frame.context))
+        returned = f(*positional, **keywords)
     except Exception as error:
         advice = "" if frame.derived is None else frame.derived.advice
         _annotate(error, path, signature, stack, advice)
@@ -323,21 +323,18 @@ def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
     return put(outputs, rest)
 
 
-def _positional(child: Child, items: Stack) -> Stack:
-    arguments = regroup(items, child.signature.in_shape)
-    names = child.contract.names
-    return tuple(a for a, name in zip(arguments, names, strict=True) if name is None)
-
-
-def _keywords(child: Child, items: Stack, context: Mapping[str, Any]) -> dict[str, Any]:
+def _passed(
+    child: Child, items: Stack, context: Mapping[str, Any]
+) -> tuple[Stack, Mapping[str, Any]]:
+    """The arguments of a call, by position and by keyword."""
     contract = child.contract
     keywords = {k: v for k, v in context.items() if k in contract.keywords}
-    if any(contract.names):
-        arguments = regroup(items, child.signature.in_shape)
-        keywords.update(
-            {name: a for a, name in zip(arguments, contract.names, strict=True) if name is not None}
-        )
-    return {**keywords, **child.fixed}
+    keywords.update(child.fixed)
+    if contract.is_plain:
+        return items, keywords
+    named = list(zip(regroup(items, contract.signature.in_shape), contract.names, strict=True))
+    keywords.update((name, argument) for argument, name in named if name is not None)
+    return tuple(argument for argument, name in named if name is None), keywords
 
 
 def _too_few(
