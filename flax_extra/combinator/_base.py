@@ -11,7 +11,7 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, overload
 
 from flax import linen as nn
 from flax.errors import SetAttributeFrozenModuleError
@@ -37,6 +37,16 @@ from flax_extra.combinator._signature import Signature
 from flax_extra.combinator._stack import Stack
 
 C = TypeVar("C", bound="Combinator")
+
+if TYPE_CHECKING:
+    reading = property
+else:
+
+    class reading(property):  # a decorator
+        """A property that linen leaves alone: it reads the expression, and needs no variables."""
+
+        nowrap = True
+
 
 OPERATORS: dict[str, Callable[[Any, Any], Combinator]] = {}
 """What the operators build; ``_flow.py`` and ``_derived.py``, which define it, fill this in."""
@@ -134,12 +144,12 @@ class Combinator(nn.Module):
         """
         raise _errors.no_meaning(type(self).__name__)
 
-    @property
+    @reading
     def advice(self) -> str:
         """What to do where its wiring fails, if there is something to say."""
         return ""
 
-    @property
+    @reading
     def stacks(self) -> bool:
         """Whether each of its copies has parameters of its own, stacked on a new axis."""
         return False
@@ -169,7 +179,7 @@ class Combinator(nn.Module):
         """
         return frozenset().union(*(child.contract.keywords for child in self.children))
 
-    @property
+    @reading
     def label(self) -> str:
         """Its name in paths and pictures: its own, or that of its kind.
 
@@ -180,17 +190,17 @@ class Combinator(nn.Module):
         """
         return self.kind if self.name is None or has_numbered_name(self) else self.name
 
-    @property
+    @reading
     def kind(self) -> str:
         """The name of what builds it: ``serial`` for ``Serial``."""
         return _snake_case(type(self).__name__)
 
-    @property
+    @reading
     def opens_scope(self) -> bool:
         """Whether it has a level of its own in the parameter tree."""
         return self._is_layer or (self.scope is not None and self._host is None)
 
-    @property
+    @reading
     def _is_layer(self) -> bool:
         """Whether it is called as layers are, not read: lifted, named, or with its own call."""
         called = type(self).__call__ is not Combinator.__call__
@@ -233,7 +243,7 @@ class Combinator(nn.Module):
         elif self.bound is None and self._binds_now:
             self._bind()
 
-    @property
+    @reading
     def _binds_now(self) -> bool:
         if self._host is not None:
             return self._state.is_initialized
@@ -241,7 +251,7 @@ class Combinator(nn.Module):
         # would have to carry each layer into it.
         return not self.stacks or is_in_transform(self)
 
-    @property
+    @reading
     def binding(self) -> Binding:
         """Its bound layers; those of a stack are bound now, if they are not yet."""
         if self.bound is None and self.stacks and self.scope is not None:
@@ -251,7 +261,7 @@ class Combinator(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if self.bound is None and self.stacks and any(name == n for n, _ in layout(self.children)):
             _ = self.binding
-        return super().__getattr__(name)  # type: ignore[no-untyped-call]
+        return super().__getattr__(name)
 
     @nn.nowrap
     def _bind(self) -> None:
@@ -314,7 +324,7 @@ class Combinator(nn.Module):
 
     # A sequence of its children
 
-    @property
+    @reading
     def parts(self) -> Children:
         """The children that it is a sequence of."""
         return self.children
@@ -412,7 +422,7 @@ class Combinator(nn.Module):
 
     # As text
 
-    @property
+    @reading
     def arguments(self) -> list[Argument]:
         """The arguments of the expression that builds it."""
         return [*(("", child.target) for child in self.children), *settings(self)]

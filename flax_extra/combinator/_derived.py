@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from flax_extra.combinator import _errors
-from flax_extra.combinator._base import OPERATORS, Combinator, join, only_child
+from flax_extra.combinator._base import OPERATORS, Combinator, join, only_child, reading
 from flax_extra.combinator._children import Child, Children, child_of
 from flax_extra.combinator._expression import Argument, expression
 from flax_extra.combinator._flow import parallel, serial
@@ -41,16 +41,16 @@ class Residual(Combinator):
         *body, shortcut = children
         return branch(serial(*body), shortcut) >> add()
 
-    @property
+    @reading
     def advice(self) -> str:
         return _errors.advice_on_residual()
 
-    @property
+    @reading
     def body(self) -> Children:
         """The callables in series that the shortcut leads around."""
         return Children(self.children.items[:-1])
 
-    @property
+    @reading
     def shortcut(self) -> Callable[..., Any]:
         """The callable on the other side.
 
@@ -62,7 +62,7 @@ class Residual(Combinator):
         around: Callable[..., Any] = self._part(self.children[-1])
         return around
 
-    @property
+    @reading
     def parts(self) -> Children:
         return self.body
 
@@ -80,7 +80,7 @@ class Residual(Combinator):
                 raise _errors.residual_arity(side, str(child.signature), _text(child))
         super()._check()
 
-    @property
+    @reading
     def arguments(self) -> list[Argument]:
         body: list[Argument] = [("", child.target) for child in self.body]
         if type(self.shortcut) is type(identity()) and self.shortcut == identity():

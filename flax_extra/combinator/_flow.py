@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flax_extra.combinator._base import OPERATORS, Combinator, join
+from flax_extra.combinator._base import OPERATORS, Combinator, join, reading
 from flax_extra.combinator._children import Children
 from flax_extra.combinator._run import Flow, Steps
 from flax_extra.combinator._signature import Signature, in_parallel, in_series
@@ -42,7 +42,7 @@ class Parallel(Combinator):
     def signature(self) -> Signature:
         return in_parallel(child.signature for child in self.children)
 
-    @property
+    @reading
     def spans(self) -> tuple[Signature, ...]:
         """The children's signatures, each where it reads the stack.
 

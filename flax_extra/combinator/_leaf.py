@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from flax_extra.combinator._base import Combinator
+from flax_extra.combinator._base import Combinator, reading
 from flax_extra.combinator._children import Children, child_of
 from flax_extra.combinator._expression import Argument
 from flax_extra.combinator._run import Flow, Steps
@@ -26,7 +26,7 @@ class Fn(Combinator):
     def flow(self, stack: Stack, steps: Steps) -> Flow:
         return (yield 0, stack)
 
-    @property
+    @reading
     def arguments(self) -> list[Argument]:
         child = self.children[0]
         plain = child_of(child.target, fixed=child.fixed) if _is_inferable(child) else None

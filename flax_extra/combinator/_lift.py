@@ -17,7 +17,7 @@ from flax.core.scope import CollectionFilter, DenyList, subtract_filters, union_
 from flax.traverse_util import flatten_dict
 
 from flax_extra.combinator import _errors
-from flax_extra.combinator._base import Combinator, only_child
+from flax_extra.combinator._base import Combinator, only_child, reading
 from flax_extra.combinator._children import Child
 from flax_extra.combinator._expression import Argument, expression, settings
 from flax_extra.combinator._inference import shorten
@@ -56,7 +56,7 @@ class Repeat(_Lifted):
     remat: bool = False
     unroll: int = 1
 
-    @property
+    @reading
     def stacks(self) -> bool:
         return not self.shared
 
@@ -85,7 +85,7 @@ class Repeat(_Lifted):
         )
         return put(carry, rest)
 
-    @property
+    @reading
     def arguments(self) -> list[Argument]:
         rest = [(prefix, value) for prefix, value in settings(self) if prefix != "n="]
         return [("", self.children[0].target), ("", self.n), *rest]
@@ -99,7 +99,7 @@ class Scan(_Lifted):
     unroll: int = 1
     n_carry: int | None = None
 
-    @property
+    @reading
     def n_carried(self) -> int:
         """How many of the cell's inputs are its carry."""
         return self.signature.n_in - 1 if self.n_carry is None else self.n_carry

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_extra.combinator import _errors
-from flax_extra.combinator._base import Combinator, only_child
+from flax_extra.combinator._base import Combinator, only_child, reading
 from flax_extra.combinator._expression import expression
 from flax_extra.combinator._inference import shorten
 from flax_extra.combinator._leaf import fn
@@ -60,7 +60,7 @@ class _Arithmetic(Combinator):
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         return fold(getattr(operator, self.operation), self.n_in)
 
-    @property
+    @reading
     def advice(self) -> str:
         return _errors.advice_on_sum()
 
@@ -102,7 +102,7 @@ class Concatenate(Combinator):
     def expand(self) -> Combinator:  # type: ignore[override]  # it has no children
         return fn(functools.partial(_concatenate, self.axis), n_in=self.n_in, n_out=1)
 
-    @property
+    @reading
     def advice(self) -> str:
         return _errors.advice_on_concatenate(self.axis)
 
@@ -121,7 +121,7 @@ class Split(Combinator):
         cut = functools.partial(_split, self.n_out, self.axis)
         return fn(cut, n_in=1, n_out=self.n_out)
 
-    @property
+    @reading
     def advice(self) -> str:
         return _errors.advice_on_split(self.n_out, self.axis)
 

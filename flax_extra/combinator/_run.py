@@ -68,11 +68,14 @@ Watch: TypeAlias = Callable[[Visit, Callable[[], Stack]], Stack]
 """Called in place of each step, with the step itself to call: it sees what goes in and out."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
+Path: TypeAlias = tuple[str | Callable[[], str], ...]
+"""The way from the outermost pipeline, whose segments are written when somebody reads them."""
+
+
+class Place(NamedTuple):
     """Where in the enclosing pipelines one runs, and who watches it."""
 
-    path: tuple[str, ...] = ()
+    path: Path = ()
     position: tuple[int, ...] = ()
     watch: Watch | None = None
 
@@ -124,19 +127,26 @@ class Frame(NamedTuple):
     n_in: int
     given: int
     watch: Watch | None
-    path: tuple[str, ...]
+    path: Path
     position: tuple[int, ...]
     derived: Combinator | None = None
     operation: str | None = None
 
     def into(self, owner: Combinator, index: int) -> Frame:
-        path = (*self.path, owner.segment(index)) if owner.is_visible else self.path
+        path = self.path
+        if owner.is_visible:
+            path = (*path, functools.partial(owner.segment, index))
         return Frame(*self[:5], path, (*self.position, index))
 
-    def leaf_path(self, name: str) -> tuple[str, ...]:
+    def leaf_path(self, leaf: Child) -> Path:
+        name = self.operation or functools.partial(name_of, leaf.target)
         if self.derived is not None and len(self.derived.children):
-            return (*self.path, self.derived.label, self.operation or name)
-        return (*self.path, self.operation or name)
+            return (*self.path, self.derived.label, name)
+        return (*self.path, name)
+
+
+def written(path: Path) -> tuple[str, ...]:
+    return tuple(part if isinstance(part, str) else part() for part in path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +161,11 @@ class Steps:
 
     def __call__(self, index: int, stack: Stack) -> Stack:
         child, frame = _entered(self.owner, index, self.frame)
-        return _observed(child, stack, frame)
+        if frame.watch is not None:
+            return _observed(child, stack, frame, frame.watch)
+        if child.structure is None:
+            return _call(child, stack, frame)
+        return evaluate(child.structure, stack, _fixing(child, frame))
 
     def on(self, owner: Combinator) -> Steps:
         """The same steps inside a lifted transform, on the owner as it is bound there."""
@@ -159,7 +173,7 @@ class Steps:
 
     @property
     def path(self) -> tuple[str, ...]:
-        return (*self.frame.path, self.owner.label)
+        return (*written(self.frame.path), self.owner.label)
 
 
 def run(combinator: Combinator, inputs: Stack, context: Mapping[str, Any]) -> Any:
@@ -201,7 +215,7 @@ def evaluate(combinator: Combinator, stack: Stack, frame: Frame) -> Stack:
         child, frame = _entered(combinator, index, frame)
         structure = child.structure
         if frame.watch is not None:
-            result = _observed(child, stack, frame)
+            result = _observed(child, stack, frame, frame.watch)
         elif structure is None:
             result = _call(child, stack, frame)
         else:
@@ -247,24 +261,17 @@ def _entered(owner: Combinator, index: int, frame: Frame) -> tuple[Child, Frame]
     return child, frame
 
 
-def _observed(child: Child, stack: Stack, frame: Frame) -> Stack:
+def _observed(child: Child, stack: Stack, frame: Frame, watch: Watch) -> Stack:
     """The stack after a child, under the eyes of who watches."""
-    if frame.watch is None:
-        return _advance(child, stack, frame)
     visit = Visit(
         position=frame.position,
-        path=_path(child, frame),
+        path=written(frame.leaf_path(child)),
         child=child,
         module=_module(child, frame),
         stack=stack,
         is_wiring=frame.derived is not None,
     )
-    return frame.watch(visit, functools.partial(_advance, child, stack, frame))
-
-
-def _path(child: Child, frame: Frame) -> tuple[str, ...]:
-    structure = child.structure
-    return frame.leaf_path(name_of(child.target) if structure is None else structure.label)
+    return watch(visit, functools.partial(_advance, child, stack, frame))
 
 
 def _module(child: Child, frame: Frame) -> nn.Module | None:
@@ -291,7 +298,7 @@ def _fixing(child: Child, frame: Frame) -> Frame:
 def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
     signature = child.signature
     items, rest = take(stack, signature.n_in)
-    path = frame.leaf_path(name_of(child.target))
+    path = frame.leaf_path(child)
     if lacks(items):
         raise _too_few(frame, path, signature, stack)
     module = _module(child, frame)
@@ -313,7 +320,7 @@ def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
     outputs = () if returned is None and signature.n_out == 0 else flatten(returned)
     if len(outputs) != signature.n_out:
         raise _errors.wrong_n_out(
-            path,
+            written(path),
             str(signature),
             signature.n_out,
             len(outputs),
@@ -338,16 +345,22 @@ def _passed(
 
 
 def _too_few(
-    frame: Frame, path: tuple[str, ...], signature: Signature, stack: Stack
+    frame: Frame, path: Path, signature: Signature, stack: Stack
 ) -> _errors.SignatureError:
     present = sum(not isinstance(item, Missing) for item in take(stack, signature.n_in)[0])
     return _errors.too_few_inputs(
-        path, str(signature), signature.n_in, present, describe(stack), frame.n_in, frame.given
+        written(path),
+        str(signature),
+        signature.n_in,
+        present,
+        describe(stack),
+        frame.n_in,
+        frame.given,
     )
 
 
 def _annotate(
-    error: Exception, path: tuple[str, ...], signature: Signature, stack: Stack, advice: str
+    error: Exception, path: Path, signature: Signature, stack: Stack, advice: str
 ) -> None:
     """Adds where and on what, once: the innermost pipeline that sees an error knows most."""
     if isinstance(error, _errors.SignatureError) and " -> " in str(error):
@@ -355,4 +368,4 @@ def _annotate(
     notes = getattr(error, "__notes__", ())
     if not any(str(note).startswith(_errors.NOTE_PREFIX) for note in notes):
         advice = advice or _errors.advice_on(error)
-        error.add_note(_errors.raised_in(path, str(signature), describe(stack), advice))
+        error.add_note(_errors.raised_in(written(path), str(signature), describe(stack), advice))

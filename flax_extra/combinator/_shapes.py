@@ -18,7 +18,7 @@ import jax
 from flax import linen as nn
 
 from flax_extra.combinator import _errors
-from flax_extra.combinator._base import Combinator, only_child
+from flax_extra.combinator._base import Combinator, only_child, reading
 from flax_extra.combinator._children import Children
 from flax_extra.combinator._expression import Argument
 from flax_extra.combinator._record import Record, Recording, record
@@ -110,7 +110,7 @@ class Typed(Combinator):
     def flow(self, stack: Stack, steps: Steps) -> Flow:
         return (yield 0, stack)
 
-    @property
+    @reading
     def parts(self) -> Children:
         structure = self.children[0].structure
         return self.children if structure is None else structure.parts
@@ -121,7 +121,7 @@ class Typed(Combinator):
             return super().__getitem__(index)
         return self._view(structure, structure.children)[index]
 
-    @property
+    @reading
     def arguments(self) -> list[Argument]:
         return [("", self.children[0].target), ("", self.declared)]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from flax_extra.combinator import _errors
-from flax_extra.combinator._base import Combinator
+from flax_extra.combinator._base import Combinator, reading
 from flax_extra.combinator._expression import Argument
 from flax_extra.combinator._run import Steps
 from flax_extra.combinator._signature import MOST_ITEMS, Signature
@@ -28,7 +28,7 @@ class Select(Combinator):
     indices: tuple[int, ...] = ()
     n_in: int | None = None
 
-    @property
+    @reading
     def n_popped(self) -> int:
         """How many items are taken away: ``n_in``, or as many as the deepest index needs."""
         return max(self.indices, default=-1) + 1 if self.n_in is None else self.n_in
@@ -48,7 +48,7 @@ class Select(Combinator):
                 raise _errors.negative_index(index)
         check_items("select", "n_in", self.n_popped)
 
-    @property
+    @reading
     def arguments(self) -> list[Argument]:
         asked = [] if self.n_in is None else [("n_in=", self.n_in)]
         return [("", self.indices), *asked]
