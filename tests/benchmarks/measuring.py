@@ -18,7 +18,10 @@ OURS = "ours"
 SETTLE = 0.2
 """Seconds that torch's threads go on spinning for after a call, as long as what comes next waits."""
 
-LEAST = 0.02
+WARM_UP = 0.1
+"""Seconds of calls before any of them counts: threads that slept are slow to share the cores again."""
+
+LEAST = 0.1
 """Seconds that one measurement takes at least, by as many calls."""
 
 
@@ -92,13 +95,25 @@ def _one_round(implementations: Mapping[str, Implementation]) -> Iterator[tuple[
     order = list(implementations.items())
     random.shuffle(order)
     for name, each in order:
-        n, start = 0, time.perf_counter()
-        while n == 0 or time.perf_counter() - start < LEAST:
-            each.run()
-            n += 1
-        yield name, (time.perf_counter() - start) / n
+        yield name, _seconds(each.run)
         if each.spins:
             time.sleep(SETTLE)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """The mean time of a call, of those that begin warm, or of the one that there is time for."""
+    now = start = time.perf_counter()
+    cold = warm = 0.0
+    n_warm = 0
+    while now < start + WARM_UP + LEAST:
+        began, _ = now, run()
+        now = time.perf_counter()
+        if began < start + WARM_UP:
+            cold = now - began
+        else:
+            warm += now - began
+            n_warm += 1
+    return warm / n_warm if n_warm else cold
 
 
 def _quartiles(ratios: list[float]) -> tuple[float, float, float]:
