@@ -26,6 +26,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import jax
 from flax import linen as nn
 from jax import Array
 
@@ -38,6 +39,12 @@ Function: TypeAlias = Callable[..., Any]
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 """The norm of the published weights. Linen's own has another epsilon, and a variance that is
 cheaper and less exact."""
+
+KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+"""What a layer of the processor keeps for its backward pass: the products with its weights.
+
+The rest is cheaper to compute again than to write and to read.
+"""
 
 
 # The architecture
@@ -135,7 +142,7 @@ def processor(
     Source: Jaegle et al. (2021), section 3.1; for shared weights Jaegle et al., "Perceiver: General
     Perception with Iterative Attention" (2021), section 3.
     """
-    layers = cb.repeat(block, n_layers, name="layers")
+    layers = cb.repeat(block, n_layers, remat=KEPT, name="layers")
     if n_shards == 1:
         return cb.serial(layers, name=name)
     return cb.repeat(layers, n_shards, shared=True, name=name)

@@ -258,9 +258,10 @@ def no_sequence(text: str, signature: str, n_carry: int) -> SignatureError:
     )
 
 
-def not_a_policy(value: str) -> TypeError:
+def not_a_policy(asked: str, name: str, value: str) -> TypeError:
     return TypeError(
-        f"remat takes a policy that is callable; got {value}. Take one of jax.checkpoint_policies."
+        f"{asked} takes for {name} what is callable; got {value}. Take one of "
+        "jax.checkpoint_policies."
     )
 
 

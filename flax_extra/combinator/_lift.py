@@ -32,6 +32,9 @@ LAYERS_AXIS = "layers"
 Body: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(combinator, carry, xs) -> (carry, ys)"""
 
+Policy: TypeAlias = Callable[..., bool]
+"""Which values are kept for the backward pass: one of ``jax.checkpoint_policies``."""
+
 
 class _Lifted(Combinator):
     """What the lifted combinators have in common: one child, and a scope."""
@@ -53,7 +56,7 @@ class Repeat(_Lifted):
 
     n: int = 1
     shared: bool = False
-    remat: bool = False
+    remat: bool | Policy = False
     unroll: int = 1
 
     @reading
@@ -79,7 +82,8 @@ class Repeat(_Lifted):
             return after, None
 
         if self.remat:
-            body = _rematted(body, self, prevent_cse=False)
+            policy = None if self.remat is True else self.remat
+            body = _rematted(body, self, prevent_cse=False, policy=policy)
         carry, _ = _scanned(
             body, self, carry, None, length=self.n, stacked=not self.shared, unroll=self.unroll
         )
@@ -144,7 +148,7 @@ class Scan(_Lifted):
 class Remat(_Lifted):
     """A callable that is recomputed in the backward pass. See :func:`remat`."""
 
-    policy: Callable[..., bool] | None = None
+    policy: Policy | None = None
 
     def flow(self, stack: Stack, steps: Steps) -> Stack:
         taken, rest = take(stack, self.signature.n_in)
@@ -178,7 +182,7 @@ def repeat(
     n: int,
     *,
     shared: bool = False,
-    remat: bool = False,
+    remat: bool | Policy = False,
     unroll: int = 1,
     name: str | None = None,
 ) -> Repeat:
@@ -195,7 +199,8 @@ def repeat(
         f: a callable from ``n_in`` items to at most as many.
         n: number of copies.
         shared: one set of parameters, used ``n`` times.
-        remat: recompute each copy in the backward pass, so that memory holds one at a time.
+        remat: recompute each copy in the backward pass, so that memory holds one at a time; with a
+            policy, one of ``jax.checkpoint_policies``, all but the values that it keeps.
         unroll: how many copies one turn of the loop runs.
         name: the name of its scope; ``Repeat_0``, ``Repeat_1``, ... without.
 
@@ -217,6 +222,8 @@ def repeat(
         >>> jax.tree.map(jax.numpy.shape, variables)
         {'params': {'Dense_0': {'bias': (6, 4), 'kernel': (6, 4, 4)}}}
     """
+    if not isinstance(remat, bool):
+        _check_policy("repeat", "remat", remat)
     return Repeat(
         only_child("repeat", f),
         n=integer("repeat", "n", n),
@@ -279,7 +286,7 @@ def scan(
 
 def remat(
     f: Callable[..., Any],
-    policy: Callable[..., bool] | None = None,
+    policy: Policy | None = None,
     *,
     name: str | None = None,
 ) -> Remat:
@@ -305,9 +312,14 @@ def remat(
         >>> jax.tree.map(jax.numpy.shape, variables)
         {'params': {'Dense_0': {'bias': (4,), 'kernel': (3, 4)}}}
     """
-    if policy is not None and not callable(policy):
-        raise _errors.not_a_policy(shorten(repr(policy)))
+    if policy is not None:
+        _check_policy("remat", "policy", policy)
     return Remat(only_child("remat", f), policy=policy, name=name)
+
+
+def _check_policy(asked: str, name: str, policy: object) -> None:
+    if not callable(policy):
+        raise _errors.not_a_policy(asked, name, shorten(repr(policy)))
 
 
 def _rematted(body: Callable[..., Any], owner: Combinator, **options: Any) -> Callable[..., Any]:

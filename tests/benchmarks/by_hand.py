@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
-from perceiver_io import LayerNorm
+from perceiver_io import KEPT, LayerNorm
 from perceiver_models import TiedScores
 
 # Linen's scan traces its body once more by default, which leaves dead equations in the jaxpr.
@@ -144,8 +144,8 @@ class Processor(nn.Module):
     def __call__(self, x):
         core = self.core
         block = SelfAttention(core.n_heads, core.d_qk, core.d_v, name="layers")
-        loop = nn.scan(lambda block, x, _: (block(x), None), length=core.n_layers, **SCAN)
-        return loop(block, x, None)[0]
+        step = nn.remat(lambda block, x, _: (block(x), None), prevent_cse=False, policy=KEPT)
+        return nn.scan(step, length=core.n_layers, **SCAN)(block, x, None)[0]
 
 
 class Language(nn.Module):

@@ -258,7 +258,12 @@ def test_an_exception_that_is_caught_inside_leaves_no_trace():
         (
             lambda: cb.remat(abs, policy=3),
             TypeError,
-            "remat takes a policy that is callable; got 3",
+            "remat takes for policy what is callable; got 3. Take one of jax.checkpoint_policies.",
+        ),
+        (
+            lambda: cb.repeat(abs, 2, remat=1),
+            TypeError,
+            "repeat takes for remat what is callable; got 1",
         ),
         (lambda: cb.fold(abs), cb.SignatureError, "got abs with signature 1 -> 1"),
         (lambda: cb.add(0), ValueError, "add takes n_in of at least 1; got 0"),

@@ -465,6 +465,7 @@ class TestRepeat:
         for other in (
             cb.repeat(block, 5, unroll=5),
             cb.repeat(block, 5, remat=True),
+            cb.repeat(block, 5, remat=jax.checkpoint_policies.dots_saveable),
         ):
             close(other.apply(variables, X), y)
             close(
@@ -563,6 +564,19 @@ def test_remat_keeps_numbers_that_are_no_arrays():
     use = cb.remat(cb.fn(lambda x, n: x[:n]))
     assert jax.jit(lambda x: use(x, 3))(x).shape == (3, 4)
     assert "remat" in str(jax.make_jaxpr(lambda x: cb.remat(jnp.sin)(x))(X))
+
+
+def test_a_policy_says_what_a_repeat_keeps():
+    def kept(remat):
+        p = cb.repeat(cb.serial(nn.Dense(4, use_bias=False), jnp.sin), 3, remat=remat)
+        variables = p.init(KEY, X)
+        text = str(jax.make_jaxpr(jax.grad(lambda v: p.apply(v, X).sum()))(variables))
+        return text.count("dot_general"), "remat" in text
+
+    policies = jax.checkpoint_policies
+    assert kept(False) == (3, False)  # one product forward, two backward
+    assert kept(True) == kept(policies.nothing_saveable) == (4, True)
+    assert kept(policies.dots_saveable) == (3, True)
 
 
 def test_remat_policy():
