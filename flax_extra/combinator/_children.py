@@ -7,6 +7,7 @@ names can follow the algebra instead: see ``_binding.py``.
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import dataclasses
 import functools
@@ -111,6 +112,9 @@ def _hashable_equal(a: object, b: object) -> bool:
         return False
 
 
+_comparing: contextvars.ContextVar[bool] = contextvars.ContextVar("comparing", default=False)
+
+
 class Children:
     """An immutable sequence of children.
 
@@ -179,7 +183,15 @@ class Children:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Children):
             return NotImplemented
-        return self is other or (self.items == other.items and self._sharing() == other._sharing())
+        if self is other:
+            return True
+        if _comparing.get():  # parts of what is compared, whose sharing it knows
+            return self.items == other.items
+        token = _comparing.set(True)
+        try:
+            return self.items == other.items and self._sharing() == other._sharing()
+        finally:
+            _comparing.reset(token)
 
     def __hash__(self) -> int:
         return hash(self.items)

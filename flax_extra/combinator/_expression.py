@@ -71,17 +71,48 @@ def _is_default(module: nn.Module, field: dataclasses.Field[Any]) -> bool:
 
 def _render(value: Any, room: int) -> str:
     """A value in at most ``room`` columns where it can be broken so."""
+    parts = _parts(value)
+    if isinstance(parts, str):
+        return parts
+    flat = _flat(value, room)
+    if flat is not None:
+        return flat
+    start, arguments, end = parts
+    lines = [prefix + _render(v, room - INDENT - len(prefix) - 1) for prefix, v in arguments]
+    body = "".join(f"{line},\n" for line in lines)
+    return f"{start}\n{_indent(body)}{end}"
+
+
+def _flat(value: Any, room: int) -> str | None:
+    """A value on one line, or None as soon as that is known to be too long."""
+    parts = _parts(value)
+    if isinstance(parts, str):
+        return parts if len(parts) <= room else None
+    text, arguments, end = parts
+    for index, (prefix, argument) in enumerate(arguments):
+        text += f", {prefix}" if index else prefix
+        left = room - len(text) - len(end)
+        flat = _flat(argument, left) if left > 0 else None
+        if flat is None:
+            return None
+        text += flat
+    text += end
+    return text if len(text) <= room else None
+
+
+def _parts(value: Any) -> str | tuple[str, Sequence[Argument], str]:
+    """The text of a value, or of what holds others how it starts, what it holds, how it ends."""
     if is_combinator(value):
-        return _call(value.kind, value.arguments, room)
+        return f"{value.kind}(", value.arguments, ")"
     if isinstance(value, nn.Module):
-        return _call(type(value).__name__, settings(value), room)
+        return f"{type(value).__name__}(", settings(value), ")"
     if isinstance(value, functools.partial):
         positional = [("", argument) for argument in (value.func, *value.args)]
-        return _call("partial", [*positional, *_keywords(value.keywords)], room)
+        return "partial(", [*positional, *_keywords(value.keywords)], ")"
     if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
         return f"{_render(value.__self__, ENDLESS)}.{value.__name__}"
     if type(value) in (tuple, list) and any(map(callable, value)):
-        return _bracket("[", [("", part) for part in value], "]", room)
+        return "[", [("", part) for part in value], "]"
     return name_of(value) if _has_name(value) else shorten(repr(value))
 
 
@@ -91,19 +122,6 @@ def _keywords(keywords: dict[str, Any]) -> list[Argument]:
 
 def _has_name(value: Any) -> bool:
     return callable(value) and isinstance(getattr(value, "__name__", None), str)
-
-
-def _call(name: str, arguments: Sequence[Argument], room: int) -> str:
-    return _bracket(f"{name}(", arguments, ")", room)
-
-
-def _bracket(start: str, arguments: Sequence[Argument], end: str, room: int) -> str:
-    flat = ", ".join(prefix + _render(value, ENDLESS) for prefix, value in arguments)
-    if len(start + flat + end) <= room:
-        return start + flat + end
-    lines = [prefix + _render(v, room - INDENT - len(prefix) - 1) for prefix, v in arguments]
-    body = "".join(f"{line},\n" for line in lines)
-    return f"{start}\n{_indent(body)}{end}"
 
 
 def _indent(text: str) -> str:

@@ -135,7 +135,8 @@ class Frame(NamedTuple):
     def into(self, owner: Combinator, index: int) -> Frame:
         path = self.path
         if owner.is_visible:
-            path = (*path, functools.partial(owner.segment, index))
+            segment = functools.partial(owner.segment, index)
+            path = (*path, segment if self.watch is None else segment())
         return Frame(*self[:5], path, (*self.position, index))
 
     def leaf_path(self, leaf: Child) -> Path:
@@ -146,7 +147,7 @@ class Frame(NamedTuple):
 
 
 def written(path: Path) -> tuple[str, ...]:
-    return tuple(part if isinstance(part, str) else part() for part in path)
+    return tuple([part if isinstance(part, str) else part() for part in path])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,15 +170,20 @@ class _Counter:
 
     def __init__(self, parameters: Mapping[tuple[str, ...], Any]) -> None:
         self._parameters = parameters
+        self._within: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for path in parameters:
+            for length in range(len(path) + 1):
+                self._within.setdefault(path[:length], []).append(path)
         self._seen: set[tuple[str, ...]] = set()
 
     def step(self, record: Record) -> Step:
-        before = set(self._seen)
         children = tuple(map(self.step, record.children))
-        uses = {path for path in self._parameters for m in record.modules if path[: len(m)] == m}
-        self._seen |= uses
-        own = self._seen - before
-        count, size = _measured(self._parameters[path] for path in own)
+        uses = {path for module in record.modules for path in self._within.get(module, ())}
+        new = uses - self._seen
+        self._seen |= new
+        count, size = _measured(self._parameters[path] for path in new)
+        count += sum(child.parameters for child in children)
+        size += sum(child.bytes for child in children)
         return Step(
             position=record.position,
             path=record.path,
@@ -189,7 +194,7 @@ class _Counter:
             after=record.after,
             parameters=count,
             bytes=size,
-            shared=bool(uses) and not own,
+            shared=bool(uses) and not new and not count,
             error=record.error,
             children=children,
         )
