@@ -248,8 +248,10 @@ class Combinator(nn.Module):
         if self._host is not None:
             return self._state.is_initialized
         # What is in a stack is in it alone, and is bound inside of the loop, where it runs: linen
-        # would have to carry each layer into it.
-        return not self.stacks or is_in_transform(self)
+        # would have to carry each layer into it. Layers made in a method are carried: they are
+        # bound themselves, not a copy, and that once.
+        made_in_method = any(module.parent is not None for module in self.children.modules())
+        return not self.stacks or is_in_transform(self) or made_in_method
 
     @reading
     def binding(self) -> Binding:

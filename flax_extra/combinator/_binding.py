@@ -13,6 +13,7 @@ All that touches linen's private state is here. It was written against flax's ``
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -84,9 +85,7 @@ def bind_as_scope(owner: Combinator) -> Binding:
     """Binds the layers of a combinator that has a scope of its own."""
     originals: list[nn.Module] = []
     modules: list[nn.Module] = []
-    was_in_setup = owner._state.in_setup
-    owner._state.in_setup = True  # when linen lets a module have new ones
-    try:
+    with _open_to_layers(owner):
         for name, module in layout(owner.children):
             bound = _adopt(owner, name, module)
             _check_stack(owner, bound)
@@ -94,9 +93,22 @@ def bind_as_scope(owner: Combinator) -> Binding:
             modules.append(bound)
             if not hasattr(type(owner), name):
                 object.__setattr__(owner, name, bound)  # as linen does for those made in setup
-    finally:
-        owner._state.in_setup = was_in_setup
     return Binding(tuple(originals), tuple(modules))
+
+
+@contextlib.contextmanager
+def _open_to_layers(owner: Combinator) -> Iterator[None]:
+    """Lets a module have layers when linen no longer would: they may have run, in a loop."""
+    state = owner._state
+    if not state.is_initialized:
+        yield
+        return
+    before = state.in_setup, state.setup_called
+    state.in_setup, state.setup_called = True, linen_module.SetupState.TRANSFORMED
+    try:
+        yield
+    finally:
+        state.in_setup, state.setup_called = before
 
 
 def bind_in_host(owner: Combinator, host: nn.Module) -> Binding:

@@ -475,6 +475,38 @@ class TestRepeat:
         kernels = variables["params"]["Dense_0"]["kernel"]
         assert not np.allclose(kernels[0], kernels[1])
 
+    def test_its_layers_are_there_when_it_is_bound(self):
+        p = cb.serial(nn.Dense(4), cb.repeat(cb.residual(nn.Dense(4), jnp.tanh), 3))
+        variables = p.init(KEY, X)
+        bound = p.bind(variables)
+        copies = bound[1]
+        close(copies.Dense_0.variables["params"], variables["params"]["Repeat_0"]["Dense_0"])
+        assert "Dense_0" in dir(copies)
+        assert not hasattr(copies, "Dense_1")
+        close(bound(X), p.apply(variables, X))
+        again, inner = p.bind(variables)[1].unbind()
+        assert str(again) == "repeat(residual(Dense(features=4), tanh), 3)"
+        close(inner["params"], variables["params"]["Repeat_0"])
+
+    def test_its_layers_are_there_after_it_ran(self):
+        class Looks(nn.Module):
+            layer: nn.Module | None = None
+
+            @nn.compact
+            def __call__(self, x):
+                layer = nn.Dense(4) if self.layer is None else self.layer.clone(parent=None, name=None)
+                copies = cb.repeat([layer], 2)
+                return copies(copies(x)), copies.Dense_0.variables["params"]
+
+        for layer in (nn.Dense(4), None):
+            looks = Looks(layer)
+            (y, seen), made = looks.init_with_output(KEY, X)
+            close(seen, made["params"]["Repeat_0"]["Dense_0"])
+            alone = cb.repeat(nn.Dense(4), 2)
+            inner = {"params": made["params"]["Repeat_0"]}
+            close(y, alone.apply(inner, alone.apply(inner, X)))
+            close(looks.apply(made, X), (y, seen))
+
     def test_constant_inputs_reach_every_copy(self):
         masked = cb.fn(lambda x, mask: x + mask)
         assert cb.repeat(masked, 3)(1, 10) == 31
