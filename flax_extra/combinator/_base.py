@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     reading = property
 else:
 
-    class reading(property):  # a decorator
+    class reading(property):
         """A property that linen leaves alone: it reads the expression, and needs no variables."""
 
         nowrap = True
@@ -247,11 +247,12 @@ class Combinator(nn.Module):
     def _binds_now(self) -> bool:
         if self._host is not None:
             return self._state.is_initialized
+        if not self.stacks or is_in_transform(self):
+            return True
         # What is in a stack is in it alone, and is bound inside of the loop, where it runs: linen
         # would have to carry each layer into it. Layers made in a method are carried: they are
         # bound themselves, not a copy, and that once.
-        made_in_method = any(module.parent is not None for module in self.children.modules())
-        return not self.stacks or is_in_transform(self) or made_in_method
+        return any(module.parent is not None for module in self.children.modules())
 
     @reading
     def binding(self) -> Binding:
