@@ -49,11 +49,12 @@ class Child:
     @property
     def structure(self) -> Combinator | None:
         """The combinator that this is, where its children are named by the scope outside."""
-        combinator = self._combinator
+        combinator = self.combinator
         return None if combinator is None or combinator.opens_scope else combinator
 
     @functools.cached_property
-    def _combinator(self) -> Combinator | None:
+    def combinator(self) -> Combinator | None:
+        """The target, if it is a combinator."""
         return self.target if is_combinator(self.target) else None
 
     @functools.cached_property

@@ -20,7 +20,7 @@ from flax import linen as nn
 from flax_extra.combinator import _errors
 from flax_extra.combinator._binding import UNBOUND, Binding
 from flax_extra.combinator._children import Child
-from flax_extra.combinator._inference import is_combinator, name_of
+from flax_extra.combinator._inference import name_of
 from flax_extra.combinator._signature import Signature
 from flax_extra.combinator._stack import (
     Missing,
@@ -302,9 +302,10 @@ def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
     path = frame.leaf_path(child)
     if lacks(items):
         raise _too_few(frame, path, signature, stack)
-    module = _module(child, frame)
-    f = child.target if module is None else child.on(module)
-    if is_combinator(child.target):  # it puts its own label on the path, at its first step
+    f = child.target
+    if child.module is not None:
+        f = child.on(frame.binding.find(child.module))
+    if child.combinator is not None:  # it puts its own label on the path, at its first step
         place = Place(path[:-1], frame.position, frame.watch)
     else:
         place = Place(path)

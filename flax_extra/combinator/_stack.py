@@ -95,7 +95,7 @@ def pad(stack: Stack, n: int) -> Stack:
 
 def lacks(items: Iterable[Any]) -> bool:
     """Whether an item among these is missing."""
-    return any(isinstance(item, Missing) for item in items)
+    return Missing in map(type, items)
 
 
 def describe(stack: Iterable[Any]) -> str:

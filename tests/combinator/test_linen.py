@@ -494,7 +494,9 @@ class TestRepeat:
 
             @nn.compact
             def __call__(self, x):
-                layer = nn.Dense(4) if self.layer is None else self.layer.clone(parent=None, name=None)
+                layer = (
+                    nn.Dense(4) if self.layer is None else self.layer.clone(parent=None, name=None)
+                )
                 copies = cb.repeat([layer], 2)
                 return copies(copies(x)), copies.Dense_0.variables["params"]
 
