@@ -162,7 +162,7 @@ def _page(report: Mapping[str, Any]) -> str:
         "Implementations take turns in one process. A ratio is one of times of the same round, theirs",
         "over ours, so more than 1 says that ours is faster; the table has the median of all rounds",
         "and the quartiles. Memory is that of temporaries, as XLA plans it, ours and theirs. Traces",
-        "start 0, 6, ... 54 frames of Python further in, in turn, for what a call costs in CPython",
+        "start 0, 6, ... 114 frames of Python further in, in turn, for what a call costs in CPython",
         "depends on how deep it is.",
         "",
         f"Machine: {machine['processor']}, {machine['cores']} cores; {versions}; torch and XLA with",

@@ -22,11 +22,12 @@ from tests.benchmarks.measuring import Implementation, Row
 Implementations = Mapping[str, Implementation]
 THREADS = 2
 
-DEPTHS = range(0, 60, 6)
+DEPTHS = range(0, 120, 6)
 """How many of Python's frames there are around a trace, in turn.
 
-CPython keeps frames in chunks, and calls to and fro over the end of one are slow: handwritten linen,
-40 frames further in, takes a quarter longer. Which trace that hits is chance.
+CPython keeps frames in chunks of 16 kB, and calls to and fro over the end of one are slow: handwritten
+linen, 40 frames further in, takes a quarter longer. Which trace that hits is chance; over the depths of
+a whole chunk, it hits each as often.
 """
 
 
@@ -89,7 +90,7 @@ def _abstraction() -> Iterator[Row]:
     }
     for name, (build, inputs) in models.items():
         trace = functools.partial(_traced, build, inputs)
-        yield Row(f"trace-{name}", "linen by hand / ours >= 0.91", trace, rounds=2 * len(DEPTHS))
+        yield Row(f"trace-{name}", "linen by hand / ours >= 0.91", trace, rounds=len(DEPTHS))
         run = functools.partial(_run, build, inputs)
         yield Row(f"run-{name}", "linen by hand / ours 1.00 +- 0.03", run, rounds=31)
 
