@@ -262,7 +262,7 @@ class Combinator(nn.Module):
         return self.bound or UNBOUND
 
     def __getattr__(self, name: str) -> Any:
-        if self.bound is None and self.stacks and any(name == n for n, _ in layout(self.children)):
+        if self.stacks and any(name == layer for layer, _ in layout(self.children)):
             _ = self.binding
         return super().__getattr__(name)
 

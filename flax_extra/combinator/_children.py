@@ -87,8 +87,7 @@ class Child:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Child:
         # Functions are what they are; some that jax wraps would not equal their copy.
-        holds_modules = is_combinator(self.target) or self.module is not None
-        target = copy.deepcopy(self.target, memo) if holds_modules else self.target
+        target = self.target if self.module is None else copy.deepcopy(self.target, memo)
         return Child(target, self.contract, copy.deepcopy(self.fixed, memo))
 
 
@@ -247,9 +246,9 @@ def _is_array(argument: object) -> bool:
 
 
 def _stacked(child: Child) -> frozenset[int]:
-    if not is_combinator(child.target):
+    combinator = child.combinator
+    if combinator is None:
         return frozenset()
-    combinator = child.target
     if combinator.stacks:
         return frozenset(id(module) for module, _ in _scoped_modules(combinator.children, None))
     return combinator.children.stacked

@@ -71,12 +71,12 @@ def _is_default(module: nn.Module, field: dataclasses.Field[Any]) -> bool:
 
 def _render(value: Any, room: int) -> str:
     """A value in at most ``room`` columns where it can be broken so."""
-    parts = _parts(value)
-    if isinstance(parts, str):
-        return parts
     flat = _flat(value, room)
     if flat is not None:
         return flat
+    parts = _parts(value)
+    if isinstance(parts, str):
+        return parts
     start, arguments, end = parts
     lines = [prefix + _render(v, room - INDENT - len(prefix) - 1) for prefix, v in arguments]
     body = "".join(f"{line},\n" for line in lines)

@@ -164,9 +164,7 @@ class Steps:
         child, frame = _entered(self.owner, index, self.frame)
         if frame.watch is not None:
             return _observed(child, stack, frame, frame.watch)
-        if child.structure is None:
-            return _call(child, stack, frame)
-        return evaluate(child.structure, stack, _fixing(child, frame))
+        return _advance(child, stack, frame)
 
     def on(self, owner: Combinator) -> Steps:
         """The same steps inside a lifted transform, on the owner as it is bound there."""
