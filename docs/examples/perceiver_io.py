@@ -40,8 +40,12 @@ LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=Fals
 """The norm of the published weights. Linen's own has another epsilon, and a variance that is
 cheaper and less exact."""
 
-KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-"""What a layer of the processor keeps for its backward pass: the products with its weights.
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("attention"),
+)
+"""What a layer of the processor keeps for its backward pass: the products with its weights, and
+what attention found.
 
 The rest is cheaper to compute again than to write and to read.
 """

@@ -49,6 +49,11 @@ def attend(
     not with their product, forwards and backwards. Derivatives are then taken in reverse
     (``jax.grad``, ``jax.vjp``), of any order; for ``jax.jvp`` take all keys in one chunk.
 
+    Under ``jax.checkpoint`` (``nn.remat``, ``cb.remat``, ``cb.repeat(remat=...)``) what was found
+    goes by the name ``attention``. A policy that keeps it, such as
+    ``jax.checkpoint_policies.save_only_these_names("attention")``, spares the backward pass most of
+    the work of finding it again.
+
     Args:
         query: what each position asks for, ``[batch, time_q, heads, d_qk]``.
         key: what each position answers to, ``[batch, time_kv, heads, d_qk]``.
@@ -172,8 +177,7 @@ def _attend_at_once(
         kept = jax.random.bernoulli(inputs.rngkey, 1 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
     vectors = _chunked.product("bhqk,bhkd->bhqd", weights.astype(value.dtype), value, precision)
-    vectors = vectors * _chunked.inverse(total).astype(vectors.dtype)
-    return jnp.swapaxes(vectors.astype(value.dtype), 1, 2)
+    return jnp.swapaxes(_shared_out(vectors, total, value.dtype), 1, 2)
 
 
 # By hand, for the backward pass needs the weights alone: they are zero wherever the mask is, so
@@ -192,6 +196,24 @@ def _weights_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[A
     # That the greatest changes, too, does not matter: it is divided out.
     weights = _weights(*primals)
     return weights, weights * tangents[0]
+
+
+# By hand, for the backward pass needs what was found, not the products that led to it: where that
+# is kept, under ``jax.checkpoint``, they are not computed again.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _shared_out(vectors: Array, total: Array, dtype: Any) -> Array:
+    """Vectors over the sum of the weights that they were added up with."""
+    return (vectors * _chunked.inverse(total).astype(vectors.dtype)).astype(dtype)
+
+
+@_shared_out.defjvp
+def _shared_out_jvp(
+    dtype: Any, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (vectors, total), (of_vectors, of_total) = primals, tangents
+    found = _chunked.named(_shared_out(vectors, total, dtype))
+    change = of_vectors - found.astype(vectors.dtype) * of_total.astype(vectors.dtype)
+    return found, _shared_out(change, total, dtype)
 
 
 def _attend_to_many(inputs: _chunked.Inputs, settings: _chunked.Settings) -> Array:

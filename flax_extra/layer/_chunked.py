@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import PrecisionLike
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 Index: TypeAlias = int | Array
 State = TypeVar("State")
@@ -33,6 +34,9 @@ LOGITS = 2**20
 
 LEAST_KEYS = 256
 """How many keys a chunk holds at least; with fewer the products would be too small."""
+
+FOUND = "attention"
+"""By this name a policy of ``jax.checkpoint`` can keep what was found, so that none looks again."""
 
 
 class Inputs(NamedTuple):
@@ -66,7 +70,8 @@ def attend_in_chunks(inputs: Inputs, settings: Settings) -> Array:
 
 
 def _attend_and_keep(inputs: Inputs, settings: Settings) -> tuple[Array, Any]:
-    vectors, log_total = _on_each_platform(_forward, inputs, settings)
+    found = _on_each_platform(_forward, inputs, settings)
+    vectors, log_total = map(named, found)
     return vectors, (inputs, vectors, log_total)
 
 
@@ -295,6 +300,12 @@ def _add(x: Array, piece: Array, example: Index, time: Index) -> Array:
     start = example, time, 0, 0
     old = lax.dynamic_slice(x, start, piece.shape)
     return lax.dynamic_update_slice(x, old + piece.astype(x.dtype), start)
+
+
+def named(found: Array) -> Array:
+    """What was found, by the name that policies know."""
+    named: Array = checkpoint_name(found, FOUND)  # type: ignore[no-untyped-call]
+    return named
 
 
 def product(subscripts: str, x: Array, y: Array, precision: PrecisionLike) -> Array:

@@ -144,6 +144,31 @@ def test_transformations() -> None:
     np.testing.assert_allclose(scanned[0], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [3, TIME_KV])
+def test_a_policy_can_keep_what_was_found(chunk_size: int) -> None:
+    keep = jax.checkpoint_policies.save_only_these_names("attention")
+    inputs, mask = problem(), mask_of(MASKS[1])
+
+    def attended(*inputs: Any) -> Any:
+        vectors = xn.attend(*inputs, mask, jax.random.key(0), 0.5, chunk_size=chunk_size)
+        return jnp.sum(jnp.sin(vectors))
+
+    def gradient(f: Any) -> tuple[int, Any]:
+        f = jax.grad(f, (0, 1, 2))
+        return str(jax.make_jaxpr(f)(*inputs)).count("dot_general"), jax.jit(f)(*inputs)
+
+    of_plain, plain = gradient(attended)
+    of_checkpoint, again = gradient(jax.checkpoint(attended))
+    of_policy, kept = gradient(jax.checkpoint(attended, policy=keep))
+    for found in (again, kept):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), found, plain)
+    if chunk_size == TIME_KV:
+        # The logits, but not the vectors: those are one product.
+        assert of_plain + 2 == of_checkpoint == of_policy + 1
+    else:
+        assert of_plain == of_policy < of_checkpoint
+
+
 # Dropout.
 
 
