@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -200,25 +199,20 @@ def _innermost_stack(module: Any) -> Combinator | None:
 
 
 def _adopt(owner: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The module, bound in the owner's scope under a name, unless it has a scope already.
-
-    As linen adopts what is in a field: of a module made outside a clone, one for all that adopt it.
-    """
+    """The module, bound in the owner's scope under a name, unless it has a scope already."""
     if module.scope is not None:
         return module
-    if module.parent is not None:  # made in a method, it waits for a name
-        object.__setattr__(module, "parent", owner)
-        object.__setattr__(module, "name", name)
-        module.__post_init__()
-        return module
-    root = owner.scope.root  # type: ignore[union-attr]
-    clones = linen_module._caches.get(root)
-    if clones is None:
-        clones = linen_module._caches[root] = weakref.WeakValueDictionary()
-    clone: nn.Module | None = clones.get(module._id)
-    if clone is None:
-        clone = clones[module._id] = module.clone(parent=owner, name=name)
-    return clone
+    if module.parent is not None:  # it waits for a name, which may be its own
+        object.__setattr__(module, "name", None)
+    # Linen's own way of adopting what is in a field, which knows what is adopted elsewhere: where
+    # it keeps that has changed from one release to another. It leaves the module in an attribute
+    # of that name, where something else may be.
+    attributes = vars(owner)
+    before = {name: attributes[name]} if name in attributes else {}
+    nn.Module._register_submodules(owner, name, module)  # type: ignore[no-untyped-call]
+    bound: nn.Module = attributes.pop(name)
+    attributes.update(before)
+    return bound
 
 
 def _adopt_in_compact(host: nn.Module, module: nn.Module) -> nn.Module:
