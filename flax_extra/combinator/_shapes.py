@@ -249,14 +249,27 @@ def _trial(
         ]
         if all(run.error is None for run in runs):
             first, second = (_parameters(run.variables.get("params", {})) for run in runs)
-            sized = [name for name, shape in first.items() if shape != second.get(name)]
-            return (sized[0], f"{first[sized[0]]} for {names[0]} = {sizes[0]}") if sized else ()
+            for parameter, leaf in first.items():
+                shapes = leaf.shape, getattr(second.get(parameter), "shape", None)
+                if shapes[0] != shapes[1]:
+                    return parameter, _sized(leaf, shapes[1], names[0], sizes)
+            return ()
     return None
 
 
-def _parameters(variables: Any) -> dict[str, str]:
+def _sized(leaf: Any, other_shape: Any, name: str, sizes: tuple[int, int]) -> str:
+    """The shape of a parameter by the name that sizes it, or if it is no such size, by a number."""
+    pairs = list(zip(leaf.shape, other_shape or (), strict=False))
+    if len(leaf.shape) == len(pairs) and all(a == b or (a, b) == sizes for a, b in pairs):
+        (dimension,) = jax.export.symbolic_shape(name)
+        shape = tuple(a if a == b else dimension for a, b in pairs)
+        return describe_item(jax.ShapeDtypeStruct(shape, leaf.dtype))  # type: ignore[no-untyped-call]
+    return f"{describe_item(leaf)} for {name} = {sizes[0]}"
+
+
+def _parameters(variables: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(variables))
-    return {_joined(path): describe_item(leaf) for path, leaf in leaves}
+    return {_joined(path): leaf for path, leaf in leaves}
 
 
 def _symbolic(variables: Any) -> Iterator[tuple[str, str, list[str]]]:

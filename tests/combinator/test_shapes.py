@@ -289,6 +289,17 @@ def test_a_name_that_sizes_one_of_several_arrays_in_a_parameter() -> None:
     assert refused(Several(), "f32[b, d]").startswith("Parameter Several_0/w/0 would be f32[d],")
 
 
+def test_a_name_that_sizes_a_parameter_whose_initializer_wants_a_number() -> None:
+    class Signs(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            d = x.shape[-1]
+            signs = self.param("w", lambda key: jnp.ones(d) if d % 2 == 0 else -jnp.ones(d))
+            return x * signs[None]
+
+    assert refused(Signs(), "f32[b, d]").startswith("Parameter Signs_0/w would be f32[d],")
+
+
 def test_a_name_that_sizes_a_parameter_and_fails_there() -> None:
     assert refused(cb.repeat(block(), 2), "f32[b, t, d]", "bool[b, t, t]") == (
         "Parameter FeedForward_0/Dense_0/bias would be f32[2, 192] for d = 48, so that 'd' sizes "
