@@ -24,6 +24,7 @@ ORDER = [
     "_children",
     "_expression",
     "_binding",
+    "_frame",
     "_run",
     "_base",
     "_leaf",

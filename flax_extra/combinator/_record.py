@@ -14,9 +14,9 @@ import jax
 from flax import linen as nn
 
 from flax_extra.combinator._base import Combinator
+from flax_extra.combinator._frame import Visit, Watch, watched
 from flax_extra.combinator._inference import is_combinator, name_of
 from flax_extra.combinator._leaf import fn
-from flax_extra.combinator._run import Visit, Watch, watched
 from flax_extra.combinator._signature import Signature
 from flax_extra.combinator._specs import abstract, abstract_value
 from flax_extra.combinator._stack import Missing, Stack, flatten, take

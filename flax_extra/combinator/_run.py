@@ -9,17 +9,17 @@ it traces, and Python allows a thousand of them.
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flax import linen as nn
 
 from flax_extra.combinator import _errors
-from flax_extra.combinator._binding import UNBOUND, Binding
+from flax_extra.combinator._binding import UNBOUND
 from flax_extra.combinator._children import Child
+from flax_extra.combinator._frame import Frame, Path, Place, Visit, Watch, place, written
 from flax_extra.combinator._inference import name_of
 from flax_extra.combinator._signature import Signature
 from flax_extra.combinator._stack import (
@@ -39,57 +39,8 @@ if TYPE_CHECKING:
     from flax_extra.combinator._base import Combinator
 
 
-@dataclasses.dataclass(frozen=True)
-class Visit:
-    """A child that is about to run.
-
-    Args:
-        position: the indices of children that lead from the outermost pipeline to it.
-        path: the same for people to read.
-        child: the callable, and how it meets the stack.
-        module: the bound module whose variables it uses, if any.
-        stack: the whole stack it finds.
-        is_wiring: whether it is no child of the expression, but part of what a derived combinator
-            means, such as the ``add`` of a residual.
-    """
-
-    position: tuple[int, ...]
-    path: tuple[str, ...]
-    child: Child
-    module: nn.Module | None
-    stack: Stack
-    is_wiring: bool
-
-
 Flow: TypeAlias = Generator[tuple[int, Stack], Stack, Stack]
 """Yields the index of a child with the stack for it, is sent the stack after, returns its own."""
-
-Watch: TypeAlias = Callable[[Visit, Callable[[], Stack]], Stack]
-"""Called in place of each step, with the step itself to call: it sees what goes in and out."""
-
-
-Path: TypeAlias = tuple[str | Callable[[], str], ...]
-"""The way from the outermost pipeline, whose segments are written when somebody reads them."""
-
-
-class Place(NamedTuple):
-    """Where in the enclosing pipelines one runs, and who watches it."""
-
-    path: Path = ()
-    position: tuple[int, ...] = ()
-    watch: Watch | None = None
-
-
-_place: contextvars.ContextVar[Place] = contextvars.ContextVar("place", default=Place())  # noqa: B039
-
-
-def watched(watch: Watch, f: Callable[[], Any]) -> Any:
-    """Calls ``f``; each step of the pipeline that it runs goes through ``watch``."""
-    token = _place.set(Place(watch=watch))
-    try:
-        return f()
-    finally:
-        _place.reset(token)
 
 
 class Slot:
@@ -104,50 +55,6 @@ class Slot:
 
     def __call__(self, *items: Any) -> Any:
         raise _errors.no_meaning(self.owner.label)
-
-
-class Frame(NamedTuple):
-    """What the walk knows where it stands.
-
-    Args:
-        binding: which bound module stands for which child.
-        context: the keywords handed to every descendant that takes them.
-        n_in: how many inputs the pipeline takes, for errors.
-        given: how many it was given.
-        watch: who looks at each step, if anyone does.
-        path: the segments from the outermost pipeline to here.
-        position: the indices of children that lead here.
-        derived: the derived combinator whose meaning is being run, if one is. Its wiring adds
-            nothing to the path.
-        operation: the childless combinator that is being run, if one is.
-    """
-
-    binding: Binding
-    context: Mapping[str, Any]
-    n_in: int
-    given: int
-    watch: Watch | None
-    path: Path
-    position: tuple[int, ...]
-    derived: Combinator | None = None
-    operation: str | None = None
-
-    def into(self, owner: Combinator, index: int) -> Frame:
-        path = self.path
-        if owner.is_visible:
-            segment = functools.partial(owner.segment, index)
-            path = (*path, segment if self.watch is None else segment())
-        return Frame(*self[:5], path, (*self.position, index))
-
-    def leaf_path(self, leaf: Child) -> Path:
-        name = self.operation or functools.partial(name_of, leaf.target)
-        if self.derived is not None and len(self.derived.children):
-            return (*self.path, self.derived.label, name)
-        return (*self.path, name)
-
-
-def written(path: Path) -> tuple[str, ...]:
-    return tuple([part if isinstance(part, str) else part() for part in path])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,15 +89,15 @@ def run(combinator: Combinator, inputs: Stack, context: Mapping[str, Any]) -> An
         raise _errors.unknown_context(combinator.label, unknown, combinator.keywords)
     stack = flatten(inputs)
     signature = combinator.signature
-    place = _place.get()
+    here = place.get()
     frame = Frame(
         binding=combinator.bound or UNBOUND,
         context=context,
         n_in=signature.n_in,
         given=len(stack),
-        watch=place.watch,
-        path=place.path,
-        position=place.position,
+        watch=here.watch,
+        path=here.path,
+        position=here.position,
     )
     result = evaluate(combinator, pad(stack, signature.n_in), frame)
     if frame.given < frame.n_in:  # nothing looked at what is missing: it was handed on, or dropped
@@ -304,11 +211,11 @@ def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
     if child.module is not None:
         f = child.on(frame.binding.find(child.module))
     if child.combinator is not None:  # it puts its own label on the path, at its first step
-        place = Place(path[:-1], frame.position, frame.watch)
+        there = Place(path[:-1], frame.position, frame.watch)
     else:
-        place = Place(path)
+        there = Place(path)
     positional, keywords = _passed(child, items, frame.context)
-    token = _place.set(place)
+    token = place.set(there)
     try:
         returned = f(*positional, **keywords)
     except Exception as error:
@@ -316,7 +223,7 @@ def _call(child: Child, stack: Stack, frame: Frame) -> Stack:
         _annotate(error, path, signature, stack, advice)
         raise
     finally:
-        _place.reset(token)
+        place.reset(token)
     outputs = () if returned is None and signature.n_out == 0 else flatten(returned)
     if len(outputs) != signature.n_out:
         raise _errors.wrong_n_out(
