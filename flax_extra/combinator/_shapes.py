@@ -230,7 +230,8 @@ def _explained(
     trials = {name: _trial(f, items, context, [name]) for name in names}
     helpful = [name for name, trial in trials.items() if trial is not None]
     if not helpful and _trial(f, items, context, names) is None:
-        is_undecided = isinstance(error, jax.errors.InconclusiveDimensionOperation)
+        # By its name, for jax.errors has the class only in newer releases.
+        is_undecided = type(error).__name__ == "InconclusiveDimensionOperation"
         return _errors.undecidable(*_told(error), names) if is_undecided else error
     for name in helpful:
         if sized := trials[name]:
