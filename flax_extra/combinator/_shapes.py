@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -251,19 +252,20 @@ def _trial(
         if all(run.error is None for run in runs):
             first, second = (_parameters(run.variables.get("params", {})) for run in runs)
             for parameter, leaf in first.items():
-                shapes = leaf.shape, getattr(second.get(parameter), "shape", None)
-                if shapes[0] != shapes[1]:
-                    return parameter, _sized(leaf, shapes[1], names[0], sizes)
+                other = second.get(parameter)
+                if other is None or describe_item(leaf) != describe_item(other):
+                    return parameter, _sized(leaf, other, names[0], sizes)
             return ()
     return None
 
 
-def _sized(leaf: Any, other_shape: Any, name: str, sizes: tuple[int, int]) -> str:
+def _sized(leaf: Any, other: Any, name: str, sizes: tuple[int, int]) -> str:
     """The shape of a parameter by the name that sizes it, or if it is no such size, by a number."""
-    pairs = list(zip(leaf.shape, other_shape or (), strict=False))
-    if len(leaf.shape) == len(pairs) and all(a == b or (a, b) == sizes for a, b in pairs):
-        (dimension,) = jax.export.symbolic_shape(name)
-        shape = tuple(a if a == b else dimension for a, b in pairs)
+    (dimension,) = jax.export.symbolic_shape(name)
+    meant = {**{(size, size): size for size in leaf.shape}, sizes: dimension}
+    pairs = list(itertools.zip_longest(leaf.shape, getattr(other, "shape", ())))
+    if sizes in pairs and meant.keys() >= set(pairs):
+        shape = tuple(meant[pair] for pair in pairs)
         return describe_item(jax.ShapeDtypeStruct(shape, leaf.dtype))  # type: ignore[no-untyped-call]
     return f"{describe_item(leaf)} for {name} = {sizes[0]}"
 

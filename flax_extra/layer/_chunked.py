@@ -304,8 +304,8 @@ def _add(x: Array, piece: Array, example: Index, time: Index) -> Array:
 
 def named(found: Array) -> Array:
     """What was found, by the name that policies know."""
-    named: Array = checkpoint_name(found, FOUND)  # type: ignore[no-untyped-call]
-    return named
+    same: Array = checkpoint_name(found, FOUND)  # type: ignore[no-untyped-call]
+    return same
 
 
 def product(subscripts: str, x: Array, y: Array, precision: PrecisionLike) -> Array:
