@@ -1,9 +1,10 @@
 r"""An LSTM over all steps of a sequence, with a backward pass of its own.
 
 What does not wait for the state is outside of the loop: the inputs are projected in one product
-before it, and the gradients of weights are one product each after it. Within it, all gates are one
-product and one tanh, for :math:`\sigma(x) = (1 + \tanh(x / 2)) / 2`, and going back is one product,
-too. The state is kept in float32 or better.
+before it, or in one for each block of steps where the gates of all are not kept, and the gradients
+of weights are one product each after it. Within it, all gates are one product and one tanh, for
+:math:`\sigma(x) = (1 + \tanh(x / 2)) / 2`, and going back is one product, too. The state is kept in
+float32 or better.
 
 Source of the formulas: Gers, Schmidhuber and Cummins, "Learning to Forget" (2000), section 3;
 going back through time: Werbos, "Backpropagation Through Time: What It Does and How to Do It"
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,16 @@ GATES = "ifgo"
 
 UNROLL = 2
 """How many steps a turn of the loop takes: with more, programs grow, and are no faster."""
+
+GATES_AT_ONCE = 2**20
+"""How many numbers are projected at once where they are not kept: as many as caches hold."""
+
+Index: TypeAlias = int | Array
+
+Size: TypeAlias = Any
+"""A number, or the symbol that stands for one in a program exported for all sizes."""
+
+_Carry = TypeVar("_Carry")
 
 State: TypeAlias = tuple[Array, Array]
 """The memory c and the hidden state h, ``[batch, d_hidden]``."""
@@ -64,17 +75,17 @@ class CellWeights(nn.Module):
         )
 
 
-class Steps(NamedTuple):
-    """What the loop runs over, and with what."""
+class Recurrence(NamedTuple):
+    """What is run, and with what."""
 
-    projected: Array
-    """What the inputs add to the gates, ``[time, batch, 4 * d_hidden]``."""
-    kernel: Array
-    bias: Array
-    state: State
-    """Before the first step."""
+    inputs: Array
+    """``[batch, time, features]``"""
     valid: Array | None
     """Where there is no padding, ``[time, batch, 1]``."""
+    weights: Weights
+    """Those of gates that open by a sigmoid halved."""
+    state: State
+    """Before the first step."""
 
 
 def run_lstm(
@@ -101,54 +112,71 @@ def run_lstm(
     """
     if inputs.shape[1] == 0:
         return jnp.repeat(state[1][:, None], 0, axis=1) if return_sequences else state[1]
-    inputs = jnp.swapaxes(inputs, 0, 1)
-    of_inputs, of_state, bias = map(_halved, weights)
-    steps = Steps(
-        projected=_product("ef,fg->eg", _flat(inputs), of_inputs).reshape(
-            *inputs.shape[:2], of_inputs.shape[1]
-        ),
-        kernel=of_state,
-        bias=bias.astype(_accumulated(bias)),
-        state=(state[0].astype(_accumulated(bias)), state[1].astype(_accumulated(bias))),
+    weights = Weights(*map(_halved, weights))
+    accumulated = _accumulated(weights.bias)
+    recurrence = Recurrence(
+        inputs,
         valid=None if valid is None else jnp.swapaxes(valid, 0, 1)[..., None],
+        weights=weights._replace(bias=weights.bias.astype(accumulated)),
+        state=(state[0].astype(accumulated), state[1].astype(accumulated)),
     )
-    hidden = _run(steps, reverse, return_sequences).astype(inputs.dtype)
+    hidden = _run(recurrence, reverse, return_sequences).astype(inputs.dtype)
     return jnp.swapaxes(hidden, 0, 1) if return_sequences else hidden
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _run(steps: Steps, reverse: bool, return_sequences: bool) -> Array:
+def _run(recurrence: Recurrence, reverse: bool, return_sequences: bool) -> Array:
+    """Block by block, so that what is projected is read before caches forget it."""
+    inputs, valid, weights, state = recurrence
+    batch, time, _ = inputs.shape
+    size = _block_size(batch, time, weights.bias.shape[1])
+
     def step(state: State, each: tuple[Array, Array | None]) -> tuple[State, Array | None]:
-        state, output, _ = _step(steps, state, *each)
+        state, output, _ = _step(weights, state, *each)
         return state, output if return_sequences else None
 
-    each = steps.projected, steps.valid
-    (_, last), outputs = _scan(step, steps.state, each, reverse)
-    hidden: Array = last if outputs is None else outputs
-    return hidden
+    def run_block(
+        start: Index, size: Size, carry: tuple[State, Array | None]
+    ) -> tuple[State, Array | None]:
+        state, outputs = carry
+        projected = _projected(_piece(inputs, start, size, axis=1), weights.of_inputs)
+        each = projected, None if valid is None else _piece(valid, start, size, axis=0)
+        state, added = _scan(step, state, each, reverse)
+        if outputs is None or size == time:
+            return state, added
+        return state, lax.dynamic_update_slice_in_dim(outputs, added, start, axis=0)
+
+    outputs = jnp.zeros((time, *state[1].shape), state[1].dtype) if return_sequences else None
+    (_, last), outputs = _in_blocks(time, size, run_block, (state, outputs), reverse)
+    return last if outputs is None else outputs
 
 
-def _run_and_keep(steps: Steps, reverse: bool, return_sequences: bool) -> tuple[Array, Any]:
+def _run_and_keep(
+    recurrence: Recurrence, reverse: bool, return_sequences: bool
+) -> tuple[Array, Any]:
+    inputs, valid, weights, state = recurrence
+    projected, of_projected = jax.vjp(_projected, inputs, weights.of_inputs)
+
     # The gates are written over what is projected, which is as large and no longer needed.
     def step(
         carry: tuple[Array, State], each: tuple[Array, Array | None]
     ) -> tuple[tuple[Array, State], Any]:
         (gates, state), (index, valid) = carry, each
         projected = lax.dynamic_index_in_dim(gates, index, keepdims=False)
-        after, output, opened = _step(steps, state, projected, valid)
+        after, output, opened = _step(weights, state, projected, valid)
         gates = lax.dynamic_update_index_in_dim(gates, opened, index, axis=0)
         return (gates, after), (output if return_sequences else None, state)
 
-    each = jnp.arange(steps.projected.shape[0]), steps.valid
-    carry = steps.projected, steps.state
-    carry, (outputs, states) = _scan(step, carry, each, reverse)
+    each = jnp.arange(projected.shape[0]), valid
+    carry, (outputs, states) = _scan(step, (projected, state), each, reverse)
     gates, (_, last) = carry
-    return last if outputs is None else outputs, (steps.kernel, steps.valid, gates, states)
+    kept = of_projected, weights.of_state, valid, gates, states
+    return last if outputs is None else outputs, kept
 
 
-def _run_back(reverse: bool, return_sequences: bool, kept: Any, change: Array) -> tuple[Steps]:
-    """What a change of the result asks of projected inputs, weights and state."""
-    kernel, valid, gates, (memory, hidden) = kept
+def _run_back(reverse: bool, return_sequences: bool, kept: Any, change: Array) -> tuple[Recurrence]:
+    """What a change of the result asks of inputs, weights and state."""
+    of_projected, kernel, valid, gates, (memory, hidden) = kept
     back = kernel.T
 
     def step(asked: State, each: Any) -> tuple[State, Array]:
@@ -173,11 +201,56 @@ def _run_back(reverse: bool, return_sequences: bool, kept: Any, change: Array) -
     each = gates, memory, valid, change if return_sequences else None
     state, of_gates = _scan(step, (nothing, last), each, not reverse)
     of_kernel = _product("eh,eg->hg", _flat(hidden), _flat(of_gates))
-    steps = Steps(of_gates, of_kernel.astype(kernel.dtype), of_gates.sum((0, 1))[None], state, None)
-    return (steps,)
+    of_inputs, of_input_kernel = of_projected(of_gates)
+    of_bias = of_gates.sum((0, 1))[None]
+    weights = Weights(of_input_kernel, of_kernel.astype(kernel.dtype), of_bias)
+    return (Recurrence(of_inputs, None, weights, state),)
 
 
 _run.defvjp(_run_and_keep, _run_back)
+
+
+def _block_size(batch: Size, time: Size, gates: int) -> Size:
+    """How many steps a block has: where it can be, so many that no shorter block is left over."""
+    if not isinstance(batch, int) or not isinstance(time, int):
+        return time
+    most = max(UNROLL, GATES_AT_ONCE // max(1, batch * gates))
+    if time <= most:
+        return time
+    return next((size for size in range(most, most // 2, -1) if time % size == 0), most)
+
+
+def _in_blocks(
+    time: Size,
+    size: Size,
+    run: Callable[[Index, Size, _Carry], _Carry],
+    carry: _Carry,
+    reverse: bool,
+) -> _Carry:
+    """Runs the blocks of so many steps, and what is left of the sequence, in their order."""
+    if size == time:
+        return run(0, time, carry)
+    n, rest = divmod(time, size)
+    if rest and reverse:
+        carry = run(n * size, rest, carry)
+
+    def run_full(turn: Index, carry: _Carry) -> _Carry:
+        return run((n - 1 - turn if reverse else turn) * size, size, carry)
+
+    carry = lax.fori_loop(0, n, run_full, carry)
+    return run(n * size, rest, carry) if rest and not reverse else carry
+
+
+def _piece(x: Array, start: Index, size: Size, *, axis: int) -> Array:
+    return x if x.shape[axis] == size else lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _projected(inputs: Array, kernel: Array) -> Array:
+    """What the inputs add to the gates, time first."""
+    batch, time, features = inputs.shape
+    # All steps of all examples lie on one axis, for which the product is faster.
+    rows = jnp.swapaxes(inputs, 0, 1).reshape(time * batch, features)
+    return _product("ef,fg->eg", rows, kernel).reshape(time, batch, kernel.shape[1])
 
 
 def _scan(step: Callable[[Any, Any], Any], carry: Any, each: Any, reverse: bool) -> tuple[Any, Any]:
@@ -187,12 +260,12 @@ def _scan(step: Callable[[Any, Any], Any], carry: Any, each: Any, reverse: bool)
 
 
 def _step(
-    steps: Steps, state: State, projected: Array, valid: Array | None
+    weights: Weights, state: State, projected: Array, valid: Array | None
 ) -> tuple[State, Array, Array]:
     """The next state, the output, and the gates before they are opened."""
     memory, hidden = state
-    product = _product("bh,hg->bg", hidden.astype(steps.kernel.dtype), steps.kernel)
-    gates = jnp.tanh(projected + product + steps.bias)
+    product = _product("bh,hg->bg", hidden.astype(weights.of_state.dtype), weights.of_state)
+    gates = jnp.tanh(projected + product + weights.bias)
     i, f, g, o = _opened(gates)
     new_memory = f * memory + i * g
     new_hidden = o * jnp.tanh(new_memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
+from flax_extra.layer import _lstm
 
 BATCH, TIME, FEATURES, HIDDEN = 3, 6, 4, 5
 
@@ -156,6 +158,46 @@ def test_gradients_are_those_of_the_loop_over_the_cell(
         results(ours),
         results(plain),
     )
+
+
+@pytest.mark.parametrize("time", [4, 5], ids=["two of two", "and one of one"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("every", [False, True])
+def test_blocks_of_steps_change_nothing(time: int, reverse: bool, every: bool) -> None:
+    lengths = np.array([time, 3, 0])
+    inputs = CELL, X[:, :time], STATE, lengths
+    whole = ours(*inputs, reverse=reverse, every=every)
+    with mock.patch.object(_lstm, "GATES_AT_ONCE", 2 * BATCH * 4 * HIDDEN):
+        found = ours(*inputs, reverse=reverse, every=every)
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_that_keeps_nothing_holds_the_gates_of_one_block() -> None:
+    def temporaries(time: int) -> int:
+        x = jax.ShapeDtypeStruct((64, time, 8), jnp.float32)
+        layer = xn.LSTM(256)
+        variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+        program = jax.jit(layer.apply).lower(variables, x).compile()
+        return int(program.memory_analysis().temp_size_in_bytes)
+
+    gates_of_all = 4 * 64 * 512 * 4 * 256
+    assert temporaries(512) < temporaries(64) * 1.1 < gates_of_all / 8
+
+
+@pytest.mark.parametrize(
+    ("batch", "time", "n_gates", "expected"),
+    [
+        (32, 128, 1024, 32),
+        (64, 64, 2048, 8),
+        (1, 1000, 1024, 1000),
+        (1, 1026, 1024, 513),
+        (1, 1031, 1024, 1024),
+        (4096, 7, 4096, 2),
+        (0, 5, 16, 5),
+    ],
+)
+def test_how_many_steps_a_block_has(batch: int, time: int, n_gates: int, expected: int) -> None:
+    assert _lstm._block_size(batch, time, n_gates) == expected
 
 
 def test_derivatives_of_any_order_in_reverse_alone() -> None:
