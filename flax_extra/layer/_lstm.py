@@ -247,9 +247,8 @@ def _piece(x: Array, start: Index, size: Size, *, axis: int) -> Array:
 
 def _projected(inputs: Array, kernel: Array) -> Array:
     """What the inputs add to the gates, time first."""
-    batch, time, features = inputs.shape
-    # All steps of all examples lie on one axis, for which the product is faster.
-    rows = jnp.swapaxes(inputs, 0, 1).reshape(time * batch, features)
+    batch, time, _ = inputs.shape
+    rows = _flat(jnp.swapaxes(inputs, 0, 1))
     return _product("ef,fg->eg", rows, kernel).reshape(time, batch, kernel.shape[1])
 
 
