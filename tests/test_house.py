@@ -1,8 +1,12 @@
-"""The house rules: imports go one way, public names are documented, nothing is left open."""
+"""The house rules: imports go one way, public names are documented, nothing is left open.
+
+CONTRIBUTING.md has the floor plan.
+"""
 
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,101 +18,128 @@ import flax_extra
 ROOT = Path(flax_extra.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# design.md, section 10: each file imports only from those above it.
-ORDER = [
-    "_errors",
-    "_signature",
-    "_stack",
-    "_hints",
-    "_inference",
-    "_children",
-    "_expression",
-    "_binding",
-    "_frame",
-    "_run",
-    "_base",
-    "_leaf",
-    "_flow",
-    "_shuffle",
-    "_merge",
-    "_derived",
-    "_lift",
-    "_layers",
-    "_specs",
-    "_record",
-    "_shapes",
-    "_summary",
-    "_columns",
-    "_captions",
-    "_picture",
-    "_draft",
-    "_wiring",
-    "_diagram",
-    "__init__",
+ROOMS = [
+    "combinator/_core",
+    "combinator/_words",
+    "combinator/_views",
+    "combinator/_diagram",
+    "combinator",
+    "layer",
+    "testing",
+    "",
 ]
-TESTING_ORDER = [
-    "_errors",
-    "_axes",
-    "_annotations",
-    "_search",
-    "_abstract",
-    "_inputs",
-    "_shapes",
-    "_signature",
-    "_strategies",
-    "_programs",
-    "_laws",
-    "__init__",
-]
-ORDERS = {"combinator": ORDER, "testing": TESTING_ORDER}
-PACKAGES = ["combinator", "layer", "testing"]
+"""The folders of the package. Each may import from those above it, and none from those below."""
+
+LINEN = "combinator/_core/linen.py"
+"""The one file that uses internals of linen."""
 
 
-def imported(path: Path) -> set[str]:
-    """The modules of this package that a file imports when it is run."""
-    names = set()
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def room_of(path: Path) -> str:
+    folder = path.parent.relative_to(ROOT).as_posix()
+    return "" if folder == "." else folder
+
+
+def known_module(name: str) -> str:
+    """The module of the package that a dotted name is in, or nothing."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def imported_by(path: Path) -> set[str]:
+    """The modules of the package that a file imports, also for type checkers alone.
+
+    A package whose face is imported stands for its ``__init__.py``.
+    """
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flax_extra"):
-            for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                names.add(whole if _is_module(whole) else str(node.module))
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            for inner in node.body:
-                if isinstance(inner, ast.ImportFrom):
-                    names.discard(str(inner.module))
-    return names
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {known for known in map(known_module, names) if known}
+    return found - {module_of(path)}
 
 
-def _is_module(name: str) -> bool:
-    path = ROOT.parent / Path(*name.split("."))
-    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+TIDIED = [path for path in FILES if path.parent.name != "layer"]
+"""The files that keep all the rules already."""
+
+GRAPH = {name: imported_by(path) for name, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("package", ORDERS)
-def test_every_file_of_a_package_has_its_place(package):
-    assert {path.stem for path in (ROOT / package).glob("*.py")} == set(ORDERS[package])
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """A circle of imports, or nothing."""
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph.get(name, ())):
+            if circle := visit(other, [*way, name]):
+                return circle
+        done.add(name)
+        return []
+
+    for name in sorted(graph):
+        if circle := visit(name, []):
+            return circle
+    return []
 
 
-@pytest.mark.parametrize(
-    ("package", "name"), [(package, name) for package, order in ORDERS.items() for name in order]
-)
-def test_imports_within_a_package_go_down_the_list(package, name):
-    above = ORDERS[package][: ORDERS[package].index(name)]
-    for module in imported(ROOT / package / f"{name}.py"):
-        whole = f"flax_extra.{package}."
-        if package == "combinator" or module.startswith(whole):
-            assert module.rpartition(".")[2] in above, f"{name} imports {module}"
+def test_there_is_no_circle_of_imports():
+    # The face of the library imports `testing` on demand; nothing imports the face.
+    assert find_circle(GRAPH) == []
+
+
+def test_a_circle_would_be_found():
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_packages_import_one_way(path):
-    package = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    if package == "__init__":
+def test_imports_go_one_way(path):
+    here = ROOMS.index(room_of(path))
+    for module in GRAPH[module_of(path)]:
+        assert ROOMS.index(room_of(MODULES[module])) <= here, f"{path.name} imports {module}"
+    if room_of(path) == "layer":  # a layer uses what users use
+        assert not [m for m in GRAPH[module_of(path)] if m.startswith("flax_extra.combinator._")]
+
+
+def test_every_folder_has_its_place():
+    assert {room_of(path) for path in FILES} == set(ROOMS)
+
+
+LINEN_INTERNALS = re.compile(
+    r"\b(flax\.core|flax\.linen\.module|flax\.linen\.transforms|linen_module|SetupState|_state\b"
+    r"|_context\b|_unspecified_parent|_register_submodules|_name_taken|_try_setup|_deep_clone"
+    r"|_reset_names|autoname_cursor|reservations|_mutable_collection|_caches|DenseParams"
+    r"|\.nowrap\s*=|scope\._)"
+)
+
+
+@pytest.mark.parametrize("path", TIDIED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_internals_of_linen_are_used_in_one_file(path):
+    if path.relative_to(ROOT).as_posix() == LINEN:
         return
-    allowed = PACKAGES[: PACKAGES.index(package) + 1]
-    for module in imported(path):
-        assert module.split(".")[1] in allowed, module
+    code = "\n".join(
+        ast.unparse(node)
+        for node in ast.parse(path.read_text()).body
+        if not isinstance(node, ast.Expr)
+    )
+    found = LINEN_INTERNALS.search(code)
+    assert found is None, f"{found and found[0]} is an internal of linen: use it in {LINEN}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -167,3 +198,32 @@ def test_every_public_method_has_a_docstring(package, name):
                 and member.__qualname__.startswith(name)
             ):
                 assert inspect.getdoc(getattr(value, method)), f"{name}.{method}"
+
+
+RIDDLES = [
+    ("where a constructor", "is none"),
+    ("By this name a policy can keep", "what was found"),
+    ("And so they are with", "no more than"),
+    ("under the eyes of", "who watches"),
+    ("takes for policy", "what is callable"),
+    ("as the day", "may be"),
+    ("the oldest that", "are asked for"),
+]
+"""Sentences that had to be read twice, in halves, so that a search does not find them here."""
+
+
+@pytest.mark.parametrize("halves", RIDDLES)
+def test_riddles_stay_out(halves):
+    sentence, root = " ".join(halves), ROOT.parent
+    pages = [*TIDIED, *(root / "docs").rglob("*.md"), root / "README.md", root / "CHANGELOG.md"]
+    assert [str(page) for page in pages if sentence in " ".join(page.read_text().split())] == []
+
+
+@pytest.mark.parametrize("path", TIDIED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_raises_sections_say_if(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            doc = ast.get_docstring(node) or ""
+            for entries in re.findall(r"Raises:\n((?:    .*\n?)+)", doc):
+                for kind, reason in re.findall(r"^    (\w+): (.*)", entries, re.MULTILINE):
+                    assert reason.startswith("If "), f"{node.name}: {kind}: {reason}"

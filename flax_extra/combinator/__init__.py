@@ -18,8 +18,16 @@ the top and puts its ``n_out`` there; what it does not take passes through untou
 every word below says where items go.
 """
 
-from flax_extra.combinator._base import Combinator
-from flax_extra.combinator._derived import (
+from flax_extra.combinator._core.combinator import Combinator
+from flax_extra.combinator._core.errors import ShapeError, SharingError, SignatureError
+from flax_extra.combinator._core.inference import infer_signature
+from flax_extra.combinator._core.signature import Signature
+from flax_extra.combinator._diagram.svg import Diagram, diagram
+from flax_extra.combinator._views.shape_signature import ShapeSignature, shape_signature
+from flax_extra.combinator._views.steps import Step
+from flax_extra.combinator._views.summary import Summary, summary
+from flax_extra.combinator._views.typed import Typed, typed
+from flax_extra.combinator._words.branch import (
     Branch,
     Dip,
     Keep,
@@ -29,14 +37,10 @@ from flax_extra.combinator._derived import (
     keep,
     residual,
 )
-from flax_extra.combinator._diagram import Diagram, diagram
-from flax_extra.combinator._errors import ShapeError, SharingError, SignatureError
-from flax_extra.combinator._flow import Parallel, Serial, parallel, serial
-from flax_extra.combinator._inference import infer_signature
-from flax_extra.combinator._layers import stack_layers, unstack_layers
-from flax_extra.combinator._leaf import Fn, fn
-from flax_extra.combinator._lift import Remat, Repeat, Scan, remat, repeat, scan
-from flax_extra.combinator._merge import (
+from flax_extra.combinator._words.compose import Parallel, Serial, parallel, serial
+from flax_extra.combinator._words.copies import stack_layers, unstack_layers
+from flax_extra.combinator._words.fn import Fn, fn
+from flax_extra.combinator._words.merge import (
     Add,
     Concatenate,
     Div,
@@ -52,8 +56,10 @@ from flax_extra.combinator._merge import (
     split,
     sub,
 )
-from flax_extra.combinator._shapes import ShapeSignature, Typed, shape_signature, typed
-from flax_extra.combinator._shuffle import (
+from flax_extra.combinator._words.remat import Remat, remat
+from flax_extra.combinator._words.repeat import Repeat, repeat
+from flax_extra.combinator._words.scan import Scan, scan
+from flax_extra.combinator._words.select import (
     Drop,
     Dup,
     Identity,
@@ -65,8 +71,6 @@ from flax_extra.combinator._shuffle import (
     select,
     swap,
 )
-from flax_extra.combinator._signature import Signature
-from flax_extra.combinator._summary import Step, Summary, summary
 
 __all__ = [
     # what a callable is on the stack

@@ -1,19 +1,19 @@
-"""Property tests of one's own layers and pipelines, with hypothesis.
+"""Property tests for your own layers and pipelines, with hypothesis.
 
     >>> from flax import linen as nn
     >>> from flax_extra import layer as xn, testing
     >>> testing.check_shapes(xn.FeedForward(4), max_examples=20)
     >>> testing.check_laws(nn.Dense(4), max_examples=1)
 
-Strategies draw what a test is to hold for; checks are whole tests of a layer, in one line. They
-need hypothesis, which comes with ``pip install 'flax_extra[test]'``.
+Strategies draw signatures, pipelines and inputs. Checks are whole tests of a layer in one line.
+Both need hypothesis, which ``pip install 'flax_extra[test]'`` brings.
 """
 
 try:
     import hypothesis as _hypothesis
 except ImportError as error:
     raise ImportError(
-        "flax_extra.testing needs hypothesis, and it is not installed. Install the extra that "
+        "flax_extra.testing needs hypothesis, which is not installed. Install the extra that "
         "brings it: pip install 'flax_extra[test]'."
     ) from error
 
@@ -36,7 +36,7 @@ from flax_extra.testing._strategies import (
 del _hypothesis
 
 __all__ = [
-    # what a test holds for
+    # strategies
     "signatures",
     "functions",
     "pipelines",
@@ -46,10 +46,10 @@ __all__ = [
     "SHUFFLING",
     "with_n_in",
     "with_one_output",
-    # a layer against what it declares
+    # checks of a layer
     "check_signature",
     "check_shapes",
-    # pipelines against each other
+    # laws and comparisons
     "check_laws",
     "Law",
     "LAWS",

@@ -1,8 +1,8 @@
-"""What a callable's annotations declare of the shapes that it takes and gives.
+"""The shapes that a callable takes and gives, as its annotations declare them.
 
-Annotations are read once, into values that :mod:`_inputs` draws calls from and that found outputs
-are held against. Arrays are declared as jaxtyping writes them. Unions, ``None``, tuples, lists and
-sequences of them are understood; ``Annotated[int, "time-1"]`` is a number that sizes compute.
+Annotations are read once. :mod:`_inputs` draws calls from the result, and checks compare outputs
+with it. Arrays are annotated with jaxtyping. Unions, ``None``, tuples, lists and sequences of
+arrays are understood. ``Annotated[int, "time-1"]`` is a number that is computed from sizes.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ import numpy as np
 from flax import linen as nn
 
 from flax_extra import combinator as cb
-from flax_extra.combinator._hints import Names, python_signature, text_of
-from flax_extra.combinator._inference import name_of
-from flax_extra.combinator._stack import describe_item
+from flax_extra.combinator._core.describe import describe_item
+from flax_extra.combinator._core.hints import (
+    AnnotationScope,
+    format_annotation,
+    get_python_signature,
+)
+from flax_extra.combinator._core.naming import get_name
 from flax_extra.testing import _errors
-from flax_extra.testing._axes import Axis, Size, Sizes, fit, parse_axes
+from flax_extra.testing._axes import Axis, Size, Sizes, fit_axes, parse_axes
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayOf:
-    """An array of declared axes. ``dtypes`` are those it may have; None for all."""
+    """An array of declared axes. ``dtypes`` are the dtypes that it may have; None for any."""
 
     text: str
     axes: tuple[Axis, ...]
@@ -40,7 +44,7 @@ class ArrayOf:
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A Python integer that an expression of sizes gives."""
+    """A Python integer, computed from sizes by an expression."""
 
     text: str
     axis: Axis
@@ -48,7 +52,7 @@ class Number:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fixed:
-    """A value that is always the same: ``None``, or one that the user gives."""
+    """A value that is always the same: ``None``, or one from the user."""
 
     value: Any
 
@@ -85,7 +89,7 @@ class AnyNumberOf:
 
 @dataclasses.dataclass(frozen=True)
 class Unknown:
-    """An annotation that says no shape."""
+    """An annotation without a shape."""
 
     text: str
 
@@ -95,7 +99,7 @@ Declared: TypeAlias = ArrayOf | Number | Fixed | OneOf | Group | AnyNumberOf | U
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter and what it takes. An optional one may also be left out."""
+    """A parameter and its declaration. An optional one may also be left out."""
 
     name: str
     declared: Declared
@@ -105,13 +109,13 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Declaration:
-    """All that a callable declares.
+    """The declarations of a callable.
 
     Attributes:
         f: the callable.
-        parameters: what a call must pass, in order, and what it may.
-        output: what it gives.
-        known: the sizes that its fields fix.
+        parameters: those that a call must pass, in order, and those that it may pass.
+        output: the declaration of what it returns.
+        known: the sizes that its fields determine.
     """
 
     f: Callable[..., Any]
@@ -122,19 +126,21 @@ class Declaration:
     @property
     def name(self) -> str:
         """The callable's name, for messages."""
-        return name_of(self.f)
+        return get_name(self.f)
 
     @property
     def axes(self) -> frozenset[str]:
-        """The names of all axes that it declares."""
+        """The names of all declared axes."""
         every = [*(parameter.declared for parameter in self.parameters), self.output]
-        return frozenset(name for declared in every for name in names_of(declared))
+        return frozenset(name for declared in every for name in list_axis_names(declared))
 
     def drawable(self) -> Declaration:
-        """The same, each parameter with what inputs can be drawn from; optional ones as can be.
+        """Returns the same with declarations that inputs can be drawn from.
+
+        An optional parameter without one is left out.
 
         Raises:
-            InvalidArgument: where nothing says what to pass for a parameter.
+            InvalidArgument: If a required parameter has none.
         """
         parameters = []
         for parameter in self.parameters:
@@ -148,48 +154,48 @@ class Declaration:
 
     @property
     def scope(self) -> dict[str, Any]:
-        """What an expression in braces may refer to."""
+        """The names that an expression in braces may use."""
         return {"self": self.f}
 
 
-def declaration_of(
+def read_declaration(
     f: Callable[..., Any], annotations: Mapping[str, Any] | None = None
 ) -> Declaration:
-    """Reads what a callable declares; ``annotations`` take the place of those it has."""
-    target, fixed, n_taken = _meant(f)
+    """Reads the annotations of a callable; ``annotations`` take precedence over its own."""
+    target, fixed, n_taken = _unwrap_fn(f)
     given = annotations or {}
-    signature = python_signature(target) or inspect.Signature()
-    scope = Names(target)
+    signature = get_python_signature(target) or inspect.Signature()
+    scope = AnnotationScope(target)
     parameters = tuple(
         parameter
-        for parameter in _parameters(signature, given, scope, n_taken, fixed)
+        for parameter in _read_parameters(signature, given, scope, n_taken, fixed)
         if parameter.name not in fixed
     )
     if "return" in given:
-        output = read(given["return"], scope)
+        output = read_annotation(given["return"], scope)
     else:
-        output = read(signature.return_annotation, scope)
+        output = read_annotation(signature.return_annotation, scope)
     unknown = given.keys() - {*signature.parameters, "return"}
     if unknown:
         known = {*signature.parameters, "return"}
-        raise _errors.unknown_names(name_of(f), "the annotation", unknown, known)
+        raise _errors.unknown_names(get_name(f), "the annotation", unknown, known)
     declaration = Declaration(f, parameters, output, {})
-    sizes = _sizes_of_fields(target, declaration.axes, scope)
+    sizes = _read_field_sizes(target, declaration.axes, scope)
     return dataclasses.replace(declaration, known=sizes)
 
 
-def _meant(f: Callable[..., Any]) -> tuple[Callable[..., Any], Mapping[str, Any], int | None]:
-    """The callable with the annotations, what is bound of it, and how many arguments it takes."""
+def _unwrap_fn(f: Callable[..., Any]) -> tuple[Callable[..., Any], Mapping[str, Any], int | None]:
+    """Returns the callable in a ``cb.fn``, its fixed keywords, and how many arguments it takes."""
     if not isinstance(f, cb.Fn):
         return f, {}, None
     child = f.children[0]
     return child.target, child.fixed, len(child.signature.in_shape)
 
 
-def _parameters(
+def _read_parameters(
     signature: inspect.Signature,
     given: Mapping[str, Any],
-    scope: Names,
+    scope: AnnotationScope,
     n_taken: int | None,
     fixed: Mapping[str, Any],
 ) -> Iterator[Parameter]:
@@ -202,20 +208,20 @@ def _parameters(
         if not by_keyword and n_taken is not None:
             required = positions < n_taken
             positions += 1
-        declared = read(given.get(name, parameter.annotation), scope, name)
-        if required or name in given or any(map(_is_array, _parts(declared))):
+        declared = read_annotation(given.get(name, parameter.annotation), scope, name)
+        if required or name in given or any(map(_is_array, _walk_parts(declared))):
             optional = not required
             if optional and parameter.default is None:
-                declared = _present(declared)
+                declared = _drop_none(declared)
             yield Parameter(name, declared, by_keyword or optional, optional)
 
 
-def read(annotation: Any, scope: Names, name: str = "") -> Declared:
-    """What an annotation declares; of a parameter that is an integer, that it has its own size.
+def read_annotation(annotation: Any, scope: AnnotationScope, name: str = "") -> Declared:
+    """Reads an annotation. A parameter of type ``int`` is a size with the name of the parameter.
 
     >>> from jax import Array
     >>> from jaxtyping import Float
-    >>> read(tuple[Float[Array, "batch 2"], None], Names(abs)).text
+    >>> read_annotation(tuple[Float[Array, "batch 2"], None], AnnotationScope(abs)).text
     'Float[batch 2], None'
     """
     annotation = scope.resolve(annotation, extras=True)
@@ -227,7 +233,7 @@ def read(annotation: Any, scope: Names, name: str = "") -> Declared:
     if annotation is int and name:
         return Number(f"int {name}", Axis(name))
     if isinstance(annotation, list | tuple):
-        parts = tuple(read(part, scope) for part in annotation)
+        parts = tuple(read_annotation(part, scope) for part in annotation)
         return Group(_join(parts), type(annotation), parts)
     if typing.get_origin(annotation):
         return _read_generic(annotation, scope)
@@ -235,29 +241,29 @@ def read(annotation: Any, scope: Names, name: str = "") -> Declared:
 
 
 def _read_plain(annotation: Any) -> Declared:
-    """What is neither an array nor made of others: ``None``, a class, or a value."""
+    """Reads an annotation that is ``None``, a class or a value."""
     if annotation is None or annotation is types.NoneType:
         return Fixed(None)
     if annotation is inspect.Parameter.empty:
         return Unknown("none")
     if isinstance(annotation, type) or callable(annotation):
-        return Unknown(text_of(annotation))
+        return Unknown(format_annotation(annotation))
     return Fixed(annotation)
 
 
-def _read_generic(annotation: Any, scope: Names) -> Declared:
+def _read_generic(annotation: Any, scope: AnnotationScope) -> Declared:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        alternatives = tuple(read(argument, scope) for argument in arguments)
+        alternatives = tuple(read_annotation(argument, scope) for argument in arguments)
         return OneOf(" or ".join(part.text for part in alternatives), alternatives)
     if origin is tuple and Ellipsis not in arguments:
-        parts = tuple(read(argument, scope) for argument in arguments)
+        parts = tuple(read_annotation(argument, scope) for argument in arguments)
         return Group(_join(parts), tuple, parts)
     if origin in (tuple, list, collections.abc.Sequence):
-        part = read(arguments[0], scope)
+        part = read_annotation(arguments[0], scope)
         kind = tuple if origin is tuple else list
         return AnyNumberOf(f"{kind.__name__}({part.text}, ...)", kind, part)
-    return Unknown(text_of(annotation))
+    return Unknown(format_annotation(annotation))
 
 
 def _read_array(annotation: Any) -> Declared:
@@ -271,8 +277,8 @@ def _join(parts: Iterable[Declared]) -> str:
     return ", ".join(f"({p.text})" if isinstance(p, Group) else p.text for p in parts) or "nothing"
 
 
-def _parts(declared: Declared) -> Iterator[Declared]:
-    """A declaration and all that it is made of."""
+def _walk_parts(declared: Declared) -> Iterator[Declared]:
+    """Yields a declaration and all that it is made of."""
     yield declared
     inner: tuple[Declared, ...] = ()
     if isinstance(declared, OneOf):
@@ -282,11 +288,11 @@ def _parts(declared: Declared) -> Iterator[Declared]:
     elif isinstance(declared, AnyNumberOf):
         inner = (declared.part,)
     for part in inner:
-        yield from _parts(part)
+        yield from _walk_parts(part)
 
 
-def _present(declared: Declared) -> Declared:
-    """A declaration without the ``None`` among its alternatives, where there are others."""
+def _drop_none(declared: Declared) -> Declared:
+    """Removes ``None`` from the alternatives, if there are others."""
     if not isinstance(declared, OneOf):
         return declared
     present = tuple(p for p in declared.alternatives if not isinstance(p, Fixed))
@@ -297,23 +303,23 @@ def _is_array(declared: Declared) -> bool:
     return isinstance(declared, ArrayOf)
 
 
-def says_shapes(declared: Declared) -> bool:
-    """Whether a declaration says anything that can be checked."""
-    return any(isinstance(part, ArrayOf | Number | Fixed) for part in _parts(declared))
+def has_shapes(declared: Declared) -> bool:
+    """Whether a declaration has a shape or a value that can be checked."""
+    return any(isinstance(part, ArrayOf | Number | Fixed) for part in _walk_parts(declared))
 
 
 def drawable(declared: Declared) -> Declared | None:
-    """What of a declaration inputs can be drawn from: alternatives that say no shape are left."""
+    """Returns the part of a declaration that inputs can be drawn from, or None."""
     if isinstance(declared, OneOf):
         drawn = tuple(part for part in map(drawable, declared.alternatives) if part is not None)
         return dataclasses.replace(declared, alternatives=drawn) if drawn else None
-    whole = all(not isinstance(part, Unknown) for part in _parts(declared))
+    whole = all(not isinstance(part, Unknown) for part in _walk_parts(declared))
     return declared if whole else None
 
 
-def names_of(declared: Declared) -> Iterator[str]:
-    """The names of the axes in a declaration."""
-    for part in _parts(declared):
+def list_axis_names(declared: Declared) -> Iterator[str]:
+    """Yields the names of the axes in a declaration."""
+    for part in _walk_parts(declared):
         if isinstance(part, ArrayOf):
             for axis in part.axes:
                 yield from axis.names
@@ -321,8 +327,8 @@ def names_of(declared: Declared) -> Iterator[str]:
             yield from part.axis.names
 
 
-def _sizes_of_fields(f: Callable[..., Any], axes: frozenset[str], scope: Names) -> Sizes:
-    """Sizes that a layer's own fields fix: integers named as an axis is, and arrays."""
+def _read_field_sizes(f: Callable[..., Any], axes: frozenset[str], scope: AnnotationScope) -> Sizes:
+    """Reads sizes from the fields of a layer: integers with the name of an axis, and arrays."""
     sizes: Sizes = {}
     if not isinstance(f, nn.Module):
         return sizes
@@ -331,63 +337,65 @@ def _sizes_of_fields(f: Callable[..., Any], axes: frozenset[str], scope: Names) 
         if field.name in axes and isinstance(value, int):
             sizes[field.name] = value
         elif isinstance(value, np.ndarray | jax.Array):
-            declared = read(field.type, scope)
+            declared = read_annotation(field.type, scope)
             if isinstance(declared, ArrayOf):
-                fit(declared.axes, value.shape, sizes)
+                fit_axes(declared.axes, value.shape, sizes)
     return sizes
 
 
-def holds(declared: Declared, value: Any, sizes: Sizes, scope: Mapping[str, Any]) -> bool:
-    """Whether a value is what was declared. Names that are met for the first time get a size."""
+def matches(declared: Declared, value: Any, sizes: Sizes, scope: Mapping[str, Any]) -> bool:
+    """Whether a value is as declared. A name that has no size yet gets one."""
     if isinstance(declared, ArrayOf):
-        return _holds_array(declared, value, sizes, scope)
+        return _matches_array(declared, value, sizes, scope)
     if isinstance(declared, Number):
-        return isinstance(value, int) and fit((declared.axis,), (value,), sizes, scope)
+        return isinstance(value, int) and fit_axes((declared.axis,), (value,), sizes, scope)
     if isinstance(declared, OneOf):
-        return any(_holds_alternative(part, value, sizes, scope) for part in declared.alternatives)
+        return any(
+            _matches_alternative(part, value, sizes, scope) for part in declared.alternatives
+        )
     if isinstance(declared, Group | AnyNumberOf):
-        return _holds_group(declared, value, sizes, scope)
-    return isinstance(declared, Unknown) or _equal(declared.value, value)
+        return _matches_group(declared, value, sizes, scope)
+    return isinstance(declared, Unknown) or _is_equal(declared.value, value)
 
 
-def _holds_group(
+def _matches_group(
     declared: Group | AnyNumberOf, value: Any, sizes: Sizes, scope: Mapping[str, Any]
 ) -> bool:
     if not isinstance(value, declared.kind):
         return False
     items: Sequence[Any] = value  # type: ignore[assignment]  # isinstance narrows it to object
     if isinstance(declared, AnyNumberOf):
-        return all(holds(declared.part, item, sizes, scope) for item in items)
+        return all(matches(declared.part, item, sizes, scope) for item in items)
     return len(items) == len(declared.parts) and all(
-        holds(part, item, sizes, scope) for part, item in zip(declared.parts, items, strict=True)
+        matches(part, item, sizes, scope) for part, item in zip(declared.parts, items, strict=True)
     )
 
 
-def _equal(expected: Any, found: Any) -> bool:
+def _is_equal(expected: Any, found: Any) -> bool:
     if expected is None or found is None:
         return expected is found
     return jnp.shape(expected) == jnp.shape(found) and bool(np.all(expected == found))
 
 
-def _holds_array(declared: ArrayOf, value: Any, sizes: Sizes, scope: Mapping[str, Any]) -> bool:
+def _matches_array(declared: ArrayOf, value: Any, sizes: Sizes, scope: Mapping[str, Any]) -> bool:
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         return False
-    if declared.dtypes is not None and _dtype_name(value.dtype) not in declared.dtypes:
+    if declared.dtypes is not None and _get_dtype_name(value.dtype) not in declared.dtypes:
         return False
-    return fit(declared.axes, value.shape, sizes, scope)
+    return fit_axes(declared.axes, value.shape, sizes, scope)
 
 
-def _dtype_name(dtype: Any) -> str:
-    """The name of a dtype, as jaxtyping knows it."""
+def _get_dtype_name(dtype: Any) -> str:
+    """Returns the name of a dtype that jaxtyping uses."""
     is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
     return "prng_key" if is_key else str(jnp.dtype(dtype).name)
 
 
-def _holds_alternative(
+def _matches_alternative(
     declared: Declared, value: Any, sizes: Sizes, scope: Mapping[str, Any]
 ) -> bool:
     tried = dict(sizes)
-    fits = holds(declared, value, tried, scope)
+    fits = matches(declared, value, tried, scope)
     if fits:
         sizes.update(tried)
     return fits

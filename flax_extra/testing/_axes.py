@@ -1,13 +1,13 @@
-"""The axes of a shape as an annotation writes them: ``"#batch *time heads*d_v"``.
+"""The axes in a jaxtyping annotation, such as ``"#batch *time heads*d_v"``.
 
-A name has one size throughout a call. Here shapes are made from sizes, and found shapes are fitted
-to the axes that were declared; jaxtyping's documentation says what each sign means.
+A name has one size throughout a call. This file makes shapes from sizes, and compares found shapes
+with the declared axes. The documentation of jaxtyping says what each sign means.
 
     >>> axes = parse_axes("batch *time heads*d_v")
     >>> sizes = {"heads": 2, "d_v": 3}
-    >>> fit(axes, (5, 7, 9, 6), sizes), sizes
+    >>> fit_axes(axes, (5, 7, 9, 6), sizes), sizes
     (True, {'heads': 2, 'd_v': 3, 'batch': 5, '*time': (7, 9)})
-    >>> fit(axes, (4, 7, 9, 6), sizes)
+    >>> fit_axes(axes, (4, 7, 9, 6), sizes)
     False
 """
 
@@ -22,7 +22,7 @@ Size: TypeAlias = int | tuple[int, ...]
 """The size of an axis, or those of a variadic one."""
 
 Sizes: TypeAlias = dict[str, Size]
-"""Sizes by name; a variadic axis has a star before it, for ``*time`` and ``time`` are two."""
+"""Sizes by name. The name of a variadic axis starts with a star: ``*time`` is not ``time``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Axis:
     """One axis, or with ``variadic`` any number of them.
 
     Attributes:
-        expression: a name, a number, or an expression of names; empty where it is anonymous.
-        broadcasts: whether a size of 1 serves too.
+        expression: a name, a number, or an expression of names; empty if it is anonymous.
+        broadcasts: whether the size may also be 1.
         variadic: whether it stands for any number of axes.
     """
 
@@ -41,14 +41,14 @@ class Axis:
 
     @property
     def key(self) -> str | None:
-        """What its size is known by; None where it is anonymous, a number or computed."""
+        """The name under which its size is kept; None if it is anonymous, a number or computed."""
         if not self.expression.isidentifier():
             return None
         return f"*{self.expression}" if self.variadic else self.expression
 
     @property
     def names(self) -> Iterator[str]:
-        """The names whose sizes it needs."""
+        """The names whose sizes its expression needs."""
         if self.key is not None:
             yield self.key
         elif self.expression and "{" not in self.expression:
@@ -56,8 +56,8 @@ class Axis:
                 if isinstance(node, ast.Name):
                     yield node.id
 
-    def computed(self, sizes: Mapping[str, Size], scope: Mapping[str, Any]) -> int:
-        """The size that its expression has, ``{...}`` in it being looked up in the scope."""
+    def compute(self, sizes: Mapping[str, Size], scope: Mapping[str, Any]) -> int:
+        """Computes the size of its expression. Names in ``{...}`` are looked up in the scope."""
         expression = self.expression
         if "{" in expression:
             expression = str(eval(f"f{expression!r}", dict(scope)))  # noqa: S307  # an annotation is code
@@ -65,7 +65,7 @@ class Axis:
 
 
 def parse_axes(text: str) -> tuple[Axis, ...]:
-    """The axes in the text of a jaxtyping annotation.
+    """Reads the axes in the text of a jaxtyping annotation.
 
     >>> parse_axes("#batch 3 ...")[1:]
     (Axis(expression='3', broadcasts=False, variadic=False), \
@@ -84,19 +84,19 @@ def _parse_axis(text: str) -> Axis:
     return Axis("" if "_" in signs else expression, "#" in signs, "*" in signs)
 
 
-def shape_of(
+def make_shape(
     axes: Sequence[Axis],
     size_of: Callable[[str], Size],
     ones: Callable[[], bool],
     scope: Mapping[str, Any],
 ) -> tuple[int, ...]:
-    """A shape that the axes describe.
+    """Makes a shape that the axes describe.
 
     Args:
         axes: the axes.
         size_of: gives the size of a name; ``"_"`` and ``"*_"`` stand for anonymous axes.
-        ones: says of an axis that broadcasts whether its size is 1.
-        scope: what expressions in braces refer to.
+        ones: says whether the size of an axis that broadcasts is 1.
+        scope: the names that expressions in braces may use.
     """
     shape: list[int] = []
     for axis in axes:
@@ -105,19 +105,19 @@ def shape_of(
         elif axis.key or not axis.expression:
             sizes = size_of(axis.key or "_")
         else:
-            sizes = axis.computed({name: size_of(name) for name in axis.names}, scope)
+            sizes = axis.compute({name: size_of(name) for name in axis.names}, scope)
         several = sizes if isinstance(sizes, tuple) else (sizes,)
         shape += [1 if axis.broadcasts and ones() else size for size in several]
     return tuple(shape)
 
 
-def fit(
+def fit_axes(
     axes: Sequence[Axis],
     shape: Sequence[int],
     sizes: Sizes,
     scope: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Whether a shape is one that the axes describe. Names met for the first time get a size."""
+    """Whether the axes describe a shape. A name that has no size yet gets one."""
     variadic = [index for index, axis in enumerate(axes) if axis.variadic]
     if not variadic:
         return len(shape) == len(axes) and _fit_each(axes, shape, sizes, scope or {})
@@ -144,7 +144,7 @@ def _fit_one(axis: Axis, size: int, sizes: Sizes, scope: Mapping[str, Any]) -> b
         return True
     if axis.key is not None:
         return sizes.setdefault(axis.key, size) == size
-    return axis.computed(sizes, scope) == size
+    return axis.compute(sizes, scope) == size
 
 
 def _fit_variadic(axis: Axis, shape: tuple[int, ...], sizes: Sizes) -> bool:

@@ -1,4 +1,4 @@
-"""Inputs that a callable's declaration allows: sizes are drawn, and arrays of those sizes."""
+"""Draws inputs that the declaration of a callable allows: first sizes, then arrays."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis.errors import InvalidArgument
 from hypothesis.extra import numpy as hnp
 
 from flax_extra import combinator as cb
-from flax_extra.combinator._inference import name_of
-from flax_extra.combinator._specs import abstract, names_in, with_sizes
-from flax_extra.combinator._stack import regroup
+from flax_extra.combinator._core.naming import get_name
+from flax_extra.combinator._core.stack import regroup
+from flax_extra.combinator._views.specs import find_dimension_names, parse_specs, substitute_sizes
 from flax_extra.testing import _errors
 from flax_extra.testing._annotations import (
     AnyNumberOf,
@@ -27,27 +27,27 @@ from flax_extra.testing._annotations import (
     Group,
     Number,
     OneOf,
-    declaration_of,
     drawable,
+    read_declaration,
 )
-from flax_extra.testing._axes import Size, Sizes, shape_of
+from flax_extra.testing._axes import Size, Sizes, make_shape
 
 SizeOf: TypeAlias = int | st.SearchStrategy[int]
 Dtypes: TypeAlias = str | Sequence[str]
 
 SHAPE = (2, 3, 4)
-"""The shape of items of which nothing is known: batch, time, features."""
+"""The shape of items without a declaration: batch, time, features."""
 
-MOST_AXES = 2
-"""How many axes a variadic one stands for at most."""
+MAX_VARIADIC_AXES = 2
+"""How many axes a variadic axis stands for, at most."""
 
-USUAL = ("float32", "int32", "bool", "complex64")
-"""The dtypes that are drawn where an annotation allows several, the first of these it allows."""
+DEFAULT_DTYPES = ("float32", "int32", "bool", "complex64")
+"""If an annotation allows several dtypes, the first of these that it allows is drawn."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of a call, arrays as their shapes, and the sizes that they have."""
+    """The arguments of a call, with shapes for arrays, and the sizes of named axes."""
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
@@ -56,19 +56,19 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a user says of the calls to draw."""
+    """The user's restrictions on the calls that are drawn."""
 
     sizes: Mapping[str, SizeOf]
     dtypes: Mapping[str, Dtypes]
     max_size: int
 
     def check(self, declaration: Declaration) -> None:
-        """Refuses names that the declaration does not have, and sizes that are none."""
+        """Raises an error for unknown names of axes or parameters, and for invalid sizes."""
         parameters = frozenset(parameter.name for parameter in declaration.parameters)
         self.check_names(declaration.name, declaration.axes, parameters)
 
     def check_names(self, f: str, axes: frozenset[str], parameters: frozenset[str]) -> None:
-        """Refuses names that are of no axis or parameter, and sizes that are none."""
+        """Raises an error for unknown names of axes or parameters, and for invalid sizes."""
         for what, names, known in (
             ("the size", self.sizes.keys(), axes),
             ("the dtype", self.dtypes.keys(), parameters),
@@ -82,15 +82,15 @@ class Options:
                 raise _errors.not_a_size(f, name, repr(size))
 
     def size_of(self, name: str) -> st.SearchStrategy[int]:
-        """The sizes of an axis."""
+        """Returns a strategy for the size of an axis."""
         given = self.sizes.get(name, st.integers(1, self.max_size))
         return given if isinstance(given, st.SearchStrategy) else st.just(given)
 
 
 @st.composite
-def calls(draw: st.DrawFn, declaration: Declaration, options: Options) -> Call:
-    """A call that the declaration allows."""
-    drawn = _Drawn(draw, options, dict(declaration.known), declaration.scope)
+def draw_calls(draw: st.DrawFn, declaration: Declaration, options: Options) -> Call:
+    """Draws a call that the declaration allows."""
+    drawn = _CallDrawer(draw, options, dict(declaration.known), declaration.scope)
     arguments: list[Any] = []
     keywords: dict[str, Any] = {}
     for parameter in declaration.parameters:
@@ -104,8 +104,8 @@ def calls(draw: st.DrawFn, declaration: Declaration, options: Options) -> Call:
     return Call(tuple(arguments), keywords, drawn.sizes)
 
 
-class _Drawn:
-    """Draws the values of one call: a name keeps the size that it was drawn with."""
+class _CallDrawer:
+    """Draws the values of one call. A name keeps the size that was drawn for it."""
 
     def __init__(
         self, draw: st.DrawFn, options: Options, sizes: Sizes, scope: Mapping[str, Any]
@@ -120,10 +120,10 @@ class _Drawn:
             return declared.value
         if isinstance(declared, ArrayOf):
             dtype = self._dtype(declared, f, name)
-            shape = shape_of(declared.axes, self._size, self._is_one, self.scope)
-            return _shape(shape, dtype)
+            shape = make_shape(declared.axes, self._size, self._is_one, self.scope)
+            return _make_spec(shape, dtype)
         if isinstance(declared, Number):
-            return shape_of((declared.axis,), self._size, self._is_one, self.scope)[0]
+            return make_shape((declared.axis,), self._size, self._is_one, self.scope)[0]
         if isinstance(declared, OneOf):
             chosen = self.draw(st.sampled_from(_simplest_first(declared)))
             return self.value(chosen, f, name)
@@ -132,7 +132,7 @@ class _Drawn:
         if isinstance(declared, AnyNumberOf):
             n = self.draw(st.integers(0, 3))
             return declared.kind(self.value(declared.part, f, name) for _ in range(n))
-        raise _errors.no_shape(f, name, declared.text)  # drawable() has refused it before
+        raise _errors.no_shape(f, name, declared.text)  # drawable() has raised this error before
 
     def _size(self, name: str) -> Size:
         if name in self.sizes:
@@ -140,7 +140,7 @@ class _Drawn:
         size = self.options.size_of(name)
         drawn: Size
         if name.startswith("*"):
-            drawn = tuple(self.draw(st.lists(size, max_size=MOST_AXES)))
+            drawn = tuple(self.draw(st.lists(size, max_size=MAX_VARIADIC_AXES)))
         else:
             drawn = self.draw(size)
         if name not in ("_", "*_"):
@@ -157,7 +157,7 @@ class _Drawn:
             return jnp.dtype(
                 several[0] if len(several) == 1 else self.draw(st.sampled_from(several))
             )
-        allowed = [d for d in USUAL if declared.dtypes is None or d in declared.dtypes]
+        allowed = [d for d in DEFAULT_DTYPES if declared.dtypes is None or d in declared.dtypes]
         found = allowed or [d for d in declared.dtypes or () if _is_dtype(d)]
         if not found:
             raise _errors.no_strategy_for(f, name, declared.dtypes or ())
@@ -165,7 +165,7 @@ class _Drawn:
 
 
 def _simplest_first(declared: OneOf) -> list[Declared]:
-    """The alternatives, absent before present, for hypothesis shrinks towards the first."""
+    """Sorts alternatives: None first, because hypothesis shrinks towards the first."""
     return sorted(declared.alternatives, key=lambda part: not isinstance(part, Fixed))
 
 
@@ -176,14 +176,14 @@ def _is_dtype(name: str) -> bool:
         return False
 
 
-def arrays_like(values: Any) -> st.SearchStrategy[Any]:
-    """Arrays in the place of shapes; what is no shape stays as it is."""
+def draw_arrays(values: Any) -> st.SearchStrategy[Any]:
+    """Draws arrays in the place of shapes. Other values stay."""
     leaves, tree = jax.tree.flatten(values)
-    drawn = [_array(leaf) if _is_shape(leaf) else st.just(leaf) for leaf in leaves]
+    drawn = [_draw_array(leaf) if _is_shape(leaf) else st.just(leaf) for leaf in leaves]
     return st.tuples(*drawn).map(lambda arrays: jax.tree.unflatten(tree, arrays))
 
 
-def _shape(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+def _make_spec(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
     like: jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
     return like
 
@@ -192,7 +192,7 @@ def _is_shape(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def _array(like: jax.ShapeDtypeStruct) -> st.SearchStrategy[np.ndarray[Any, Any]]:
+def _draw_array(like: jax.ShapeDtypeStruct) -> st.SearchStrategy[np.ndarray[Any, Any]]:
     kind = like.dtype.kind
     if kind == "b":
         elements: st.SearchStrategy[Any] = st.booleans()
@@ -216,30 +216,30 @@ def inputs_for(
     max_size: int = 5,
     shape: tuple[int, ...] = SHAPE,
 ) -> st.SearchStrategy[tuple[Any, ...]]:
-    """Inputs that a callable can be called with.
+    """Draws inputs that a callable can be called with.
 
-    They are as the specs say, where those are given or ``f`` is a ``cb.typed``.
-    Where each required parameter of ``f`` has a jaxtyping annotation, they are as those say. A size
-    is drawn for each name of an axis. Otherwise they are floating point arrays, as many as its
-    signature says, all of one shape.
+    If specs are given, or ``f`` is a ``cb.typed``, the inputs are as specified. Else, if each
+    required parameter of ``f`` has a jaxtyping annotation, they are as annotated. A size is drawn
+    for each name of an axis. In all other cases, they are float32 arrays of one shape, as many as
+    the signature of ``f`` says.
 
     Args:
         f: a function, a linen module, a combinator or any other callable.
-        specs: for each item that ``f`` takes a spec such as ``"f32[b, t, 64]"``, an array or
-            ``jax.ShapeDtypeStruct`` to resemble, or None for an absent one.
-        annotations: annotations by parameter, in place of those that ``f`` has.
+        specs: for each item that ``f`` takes, a spec such as ``"f32[b, t, 64]"``, an array or
+            ``jax.ShapeDtypeStruct`` like it, or None for an absent one.
+        annotations: annotations by parameter, which take precedence over those of ``f``.
         sizes: for names of axes a size, or a strategy of sizes.
-        dtypes: for names of parameters a dtype, or several to draw from, where the annotation
-            leaves it open.
-        max_size: the largest size that is drawn for an axis of which nothing is said.
-        shape: the shape of items of which nothing is known.
+        dtypes: for names of parameters a dtype, or several to draw from, if the annotation
+            allows several.
+        max_size: the largest size that is drawn for an axis that ``sizes`` does not name.
+        shape: the shape of items without a declaration.
 
     Returns:
         A strategy of tuples: the positional arguments of a call.
 
     Raises:
-        InvalidArgument: where a name is not among the annotations, a size is none, or specs are
-            not one for each item.
+        InvalidArgument: If the annotations do not have a name, a size is not an integer or a
+            strategy, or there is not one spec for each item.
 
     Example:
         >>> from flax_extra import combinator as cb, layer as xn, testing
@@ -256,46 +256,48 @@ def inputs_for(
     if specs is None and isinstance(f, cb.Typed):
         specs = cb.ShapeSignature.parse(f.declared).inputs
     if specs is not None:
-        return _inputs_like(f, specs, options)
+        return _draw_like(f, specs, options)
     if isinstance(f, cb.Fn) or not isinstance(f, cb.Combinator):
-        declaration = _positional(declaration_of(f, annotations))
-        if annotations or sizes or dtypes or _says_inputs(declaration):
+        declaration = _drop_optional(read_declaration(f, annotations))
+        if annotations or sizes or dtypes or _has_input_shapes(declaration):
             options.check(declaration)
-            drawn = calls(declaration.drawable(), options)
-            return drawn.flatmap(lambda call: arrays_like(call.arguments))
+            drawn = draw_calls(declaration.drawable(), options)
+            return drawn.flatmap(lambda call: draw_arrays(call.arguments))
     signature = cb.infer_signature(f)
-    return _grouped([_shape(shape, jnp.float32)] * signature.n_in, signature)
+    return _group_inputs([_make_spec(shape, jnp.float32)] * signature.n_in, signature)
 
 
-def _positional(declaration: Declaration) -> Declaration:
+def _drop_optional(declaration: Declaration) -> Declaration:
     required = tuple(p for p in declaration.parameters if not p.optional)
     return dataclasses.replace(declaration, parameters=required)
 
 
-def _says_inputs(declaration: Declaration) -> bool:
+def _has_input_shapes(declaration: Declaration) -> bool:
     parameters = declaration.parameters
     return bool(parameters) and all(drawable(p.declared) is not None for p in parameters)
 
 
-def _inputs_like(
+def _draw_like(
     f: Callable[..., Any], specs: Sequence[Any], options: Options
 ) -> st.SearchStrategy[tuple[Any, ...]]:
     signature = cb.infer_signature(f)
     try:
-        items = abstract(specs)
+        items = parse_specs(specs)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
     if len(items) != signature.n_in:
-        raise _errors.wrong_number_of_specs(name_of(f), len(items), str(signature))
-    names = names_in(items)
-    options.check_names(name_of(f), frozenset(names), frozenset())
+        raise _errors.wrong_number_of_specs(get_name(f), len(items), str(signature))
+    names = find_dimension_names(items)
+    options.check_names(get_name(f), frozenset(names), frozenset())
     sizes = st.fixed_dictionaries({name: options.size_of(name) for name in names})
 
     def sized(sizes: Mapping[str, int]) -> st.SearchStrategy[tuple[Any, ...]]:
-        return _grouped(with_sizes(items, sizes), signature)
+        return _group_inputs(substitute_sizes(items, sizes), signature)
 
     return sizes.flatmap(sized)
 
 
-def _grouped(items: Sequence[Any], signature: cb.Signature) -> st.SearchStrategy[tuple[Any, ...]]:
-    return arrays_like(tuple(items)).map(lambda arrays: regroup(arrays, signature.in_shape))
+def _group_inputs(
+    items: Sequence[Any], signature: cb.Signature
+) -> st.SearchStrategy[tuple[Any, ...]]:
+    return draw_arrays(tuple(items)).map(lambda arrays: regroup(arrays, signature.in_shape))

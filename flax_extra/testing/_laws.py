@@ -1,6 +1,6 @@
 """The laws of the algebra, as pairs of pipelines that must mean the same.
 
-Each law says its two sides for pipelines of any arity. :func:`check_laws` tries them on a user's
+Each law makes its two sides from pipelines of any arity. :func:`check_laws` tries them on your
 layers; the library's own tests try them on generated pipelines.
 """
 
@@ -17,9 +17,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from flax_extra import combinator as cb
-from flax_extra.combinator._expression import expression
-from flax_extra.combinator._inference import shorten
-from flax_extra.combinator._stack import describe, flatten
+from flax_extra.combinator._core.describe import describe_stack, shorten
+from flax_extra.combinator._core.expression import format_expression
+from flax_extra.combinator._core.stack import flatten
 from flax_extra.testing import _errors
 from flax_extra.testing._inputs import inputs_for
 from flax_extra.testing._search import search
@@ -30,14 +30,14 @@ Sides: TypeAlias = Iterator[tuple[Pipeline, Pipeline]]
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """A law: what it says, and of how many pipelines.
+    """A law of the algebra.
 
     Attributes:
-        name: what it says, in words.
+        name: the law in words.
         n: how many pipelines it is about.
-        sides: from those, the pairs that must mean the same.
-        meeting: where, on one stack that holds the inputs of all, each finds its own: makes of
-            the pipelines some that can be put together as the law puts them.
+        sides: makes the pairs of pipelines that must mean the same.
+        arrange: changes the pipelines so that each finds its inputs, if the law puts them together
+            and one stack holds the inputs of all.
 
     Example:
         >>> from flax_extra import combinator as cb, testing
@@ -51,28 +51,28 @@ class Law:
     name: str
     n: int
     sides: Callable[..., Sides]
-    meeting: Callable[..., tuple[Pipeline, ...]]
+    arrange: Callable[..., tuple[Pipeline, ...]]
 
 
-def in_series(*fs: Pipeline) -> tuple[Pipeline, ...]:
-    """Each works beneath what those before it gave."""
+def arrange_in_series(*fs: Pipeline) -> tuple[Pipeline, ...]:
+    """Lets each work beneath the outputs of those before it."""
     given = itertools.accumulate((f.signature.n_out for f in fs), initial=0)
     return tuple(cb.dip(f, n) if n else f for f, n in zip(fs, given, strict=False))
 
 
-def in_parallel(*fs: Pipeline) -> tuple[Pipeline, ...]:
-    """Each takes the next span as it is."""
+def arrange_in_parallel(*fs: Pipeline) -> tuple[Pipeline, ...]:
+    """Leaves each as it is: it takes the next span."""
     return fs
 
 
-def in_branch(*fs: Pipeline) -> tuple[Pipeline, ...]:
-    """Each first drops the inputs of those before it."""
+def arrange_in_branch(*fs: Pipeline) -> tuple[Pipeline, ...]:
+    """Lets each first drop the inputs of those before it."""
     taken = itertools.accumulate((f.signature.n_in for f in fs), initial=0)
     return tuple(cb.drop(n) >> f if n else f for f, n in zip(fs, taken, strict=False))
 
 
 def identity_is_neutral(p: Pipeline) -> Sides:
-    """What passes items on, before or after, changes nothing."""
+    """Passing items through, before or after, changes nothing."""
     yield cb.identity(p.signature.n_in) >> p, p
     yield p >> cb.identity(p.signature.n_out), p
     yield cb.serial() >> p, p
@@ -99,28 +99,28 @@ def branch_is_associative(p: Pipeline, q: Pipeline, r: Pipeline) -> Sides:
 
 
 def branch_is_select_then_parallel(*fs: Pipeline) -> Sides:
-    """A branch copies the top of the stack for each."""
+    """A branch copies the top of the stack for each child."""
     spans = [i for f in fs for i in range(f.signature.n_in)]
     n_in = max(f.signature.n_in for f in fs)
     yield cb.branch(*fs), cb.select(spans, n_in=n_in) >> cb.parallel(*fs)
 
 
 def dip_is_parallel_under_identity(p: Pipeline) -> Sides:
-    """To dip is to leave the top alone."""
+    """Dip leaves the top alone."""
     for n in range(4 if p.signature.n_in else 1):
         on_top = cb.select([0] * n, n_in=0)
         yield on_top >> cb.dip(p, n), on_top >> (cb.identity(n) @ p)
 
 
 def keep_gives_inputs_again(p: Pipeline) -> Sides:
-    """What is kept is what came in last."""
+    """Keep keeps the last inputs."""
     n_in = p.signature.n_in
     for n in range(n_in + 1):
         yield cb.keep(p, n), cb.branch(p, cb.select(range(n_in - n, n_in), n_in=n_in))
 
 
 def a_copy_can_be_dropped(p: Pipeline) -> Sides:
-    """To copy and drop, or to swap twice, changes nothing."""
+    """Copying and dropping, or swapping twice, changes nothing."""
     n_in = p.signature.n_in
     yield cb.dup(n_in) >> cb.drop(n_in) >> p, p
     if n_in > 1:
@@ -128,7 +128,7 @@ def a_copy_can_be_dropped(p: Pipeline) -> Sides:
 
 
 def a_pipeline_is_its_parts(p: Pipeline, q: Pipeline) -> Sides:
-    """Slices of a pipeline, put together again, are the pipeline."""
+    """The slices of a pipeline, put together again, are the pipeline."""
     whole = cb.serial(p, q)
     yield cb.serial(*whole), whole
     for cut in range(len(whole) + 1):
@@ -136,35 +136,35 @@ def a_pipeline_is_its_parts(p: Pipeline, q: Pipeline) -> Sides:
 
 
 LAWS = (
-    Law("identity is neutral", 1, identity_is_neutral, in_series),
-    Law("serial is associative", 3, serial_is_associative, in_series),
-    Law("parallel is associative", 3, parallel_is_associative, in_parallel),
-    Law("branch is associative", 3, branch_is_associative, in_branch),
-    Law("branch is select, then parallel", 3, branch_is_select_then_parallel, in_branch),
-    Law("dip is parallel under identity", 1, dip_is_parallel_under_identity, in_series),
-    Law("keep gives inputs again", 1, keep_gives_inputs_again, in_series),
-    Law("a copy can be dropped", 1, a_copy_can_be_dropped, in_series),
-    Law("a pipeline is its parts", 2, a_pipeline_is_its_parts, in_series),
+    Law("identity is neutral", 1, identity_is_neutral, arrange_in_series),
+    Law("serial is associative", 3, serial_is_associative, arrange_in_series),
+    Law("parallel is associative", 3, parallel_is_associative, arrange_in_parallel),
+    Law("branch is associative", 3, branch_is_associative, arrange_in_branch),
+    Law("branch is select, then parallel", 3, branch_is_select_then_parallel, arrange_in_branch),
+    Law("dip is parallel under identity", 1, dip_is_parallel_under_identity, arrange_in_series),
+    Law("keep gives inputs again", 1, keep_gives_inputs_again, arrange_in_series),
+    Law("a copy can be dropped", 1, a_copy_can_be_dropped, arrange_in_series),
+    Law("a pipeline is its parts", 2, a_pipeline_is_its_parts, arrange_in_series),
 )
 
 
 def check_laws(*layers: Callable[..., Any], max_examples: int = 3) -> None:
     """Checks that the laws of the algebra hold for pipelines made of given layers.
 
-    Two sides of a law have the same signature, the same variables and, from the same key, the same
-    initial values and outputs, to the last bit. The inputs are those of :func:`inputs_for`.
+    The two sides of a law have the same signature, the same variables and, from the same key, the
+    same initial values and outputs, bit by bit. The inputs are drawn by :func:`inputs_for`.
 
     Args:
         layers: linen modules, functions or combinators. A law about more pipelines than there are
-            layers uses some of them again: one instance, with one set of parameters.
-        max_examples: for how many drawn inputs each law is tried.
+            layers uses some of them twice: one instance, with one set of parameters.
+        max_examples: how many inputs are drawn for each law.
 
     Returns:
-        Nothing, where all laws hold.
+        None.
 
     Raises:
-        AssertionError: where one does not; it shows both sides, and where they differ.
-        SignatureError: where a layer does not give what its signature says.
+        AssertionError: If a law does not hold. It shows both sides, and what differs.
+        SignatureError: If a layer gives another number of items than its signature says.
 
     Example:
         >>> from flax import linen as nn
@@ -180,14 +180,14 @@ def check_laws(*layers: Callable[..., Any], max_examples: int = 3) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Trial:
-    """A law, tried on layers with the inputs of each."""
+    """Tries a law on layers, with inputs for each."""
 
     law: Law
     layers: list[Callable[..., Any]]
 
     def __call__(self, inputs: tuple[Any, ...]) -> None:
         pipelines = [f if isinstance(f, cb.Combinator) else cb.serial(f) for f in self.layers]
-        for left, right in self.law.sides(*self.law.meeting(*pipelines)):
+        for left, right in self.law.sides(*self.law.arrange(*pipelines)):
             assert_same_meaning(left, right, *flatten(inputs), law=self.law.name)
 
 
@@ -199,15 +199,14 @@ def assert_same_meaning(
     Args:
         p: a pipeline.
         q: another.
-        inputs: a stack that both are called with. What they do not take must pass through.
-        law: what says that they are equal, for the message.
+        inputs: a stack that both are called with. Items that they do not take must pass through.
+        law: the name of the law, for the message.
 
     Returns:
-        Nothing, where they do.
+        None.
 
     Raises:
-        AssertionError: where their signatures, their variables, or what they give differ by as
-            much as a bit.
+        AssertionError: If their signatures, their variables or their outputs differ in any bit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -222,28 +221,28 @@ def assert_same_meaning(
           right: serial(swap(), sub())
             -2
     """
-    texts = shorten(expression(p)), shorten(expression(q))
+    texts = shorten(format_expression(p)), shorten(format_expression(q))
     if p.signature != q.signature:
         a, b = str(p.signature), str(q.signature)
         raise _errors.broken_law(law, texts[0], texts[1], "their signatures", a, b)
     key = jax.random.key(0)
     ours, our_variables = p.init_with_output(key, *inputs)
     theirs, their_variables = q.init_with_output(key, *inputs)
-    if not _equal(our_variables, their_variables):
-        a, b = _text(our_variables), _text(their_variables)
+    if not _is_equal(our_variables, their_variables):
+        a, b = _describe_variables(our_variables), _describe_variables(their_variables)
         raise _errors.broken_law(law, texts[0], texts[1], "their variables", a, b)
-    if not _equal(ours, theirs):
-        a, b = (describe(flatten(output)) for output in (ours, theirs))
+    if not _is_equal(ours, theirs):
+        a, b = (describe_stack(flatten(output)) for output in (ours, theirs))
         raise _errors.broken_law(law, texts[0], texts[1], "what they give", a, b)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _is_equal(a: Any, b: Any) -> bool:
     trees: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
     same_tree = bool(trees[0] == trees[1])
-    return same_tree and all(map(_same, jax.tree.leaves(a), jax.tree.leaves(b)))
+    return same_tree and all(map(_is_same, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _is_same(a: Any, b: Any) -> bool:
     if not (hasattr(a, "shape") and hasattr(b, "shape")):
         return bool(a == b)
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -254,10 +253,10 @@ def _same(a: Any, b: Any) -> bool:
     return a.tobytes() == b.tobytes() or np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
 
 
-def _text(variables: Any) -> str:
+def _describe_variables(variables: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     named = (
-        f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {describe([leaf])}"
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {describe_stack([leaf])}"
         for path, leaf in leaves
     )
     return ", ".join(named) or "none"

@@ -1,4 +1,4 @@
-"""``assert_same_program``: two callables against each other, as the jaxprs that they become."""
+"""``assert_same_program``: compares two callables by their jaxprs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from flax_extra.combinator._inference import name_of
-from flax_extra.combinator._stack import describe_item
+from flax_extra.combinator._core.describe import describe_item
+from flax_extra.combinator._core.naming import get_name
 from flax_extra.testing import _errors
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-"""Where a function lies in memory: no part of what is computed, nor is the ``name`` it has."""
+"""The address of a function, which differs between two runs of one program."""
 
 
 def assert_same_program(
@@ -38,17 +38,17 @@ def assert_same_program(
         g: another.
         inputs: the positional arguments of a call: arrays, or ``jax.ShapeDtypeStruct`` in their
             place.
-        variables: what the modules are applied to; by default what each of them makes, which must
-            agree.
+        variables: the variables that the modules are applied to. By default each module makes
+            its own, and these must agree in structure, shapes and dtypes.
         rngs: the names of the rng streams that a call needs, other than ``params``.
         context: keyword arguments of the call, the same for both. They are not traced.
 
     Returns:
-        Nothing, where both are one program.
+        None.
 
     Raises:
-        AssertionError: where they are not; it shows the first equation that differs, as each of
-            them has it, or the variables where those differ.
+        AssertionError: If the programs differ. It shows the first equation that differs, as each
+            of them has it, or the variables if those differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,24 +62,26 @@ def assert_same_program(
           residual: v1:f32[3] = sin[accuracy=None] v0
           <lambda>: v1:f32[3] = tanh[accuracy=None] v0
     """
-    ours, ours_made = _program(f, inputs, variables, rngs, context)
-    theirs, theirs_made = _program(g, inputs, variables, rngs, context)
-    names = name_of(f), name_of(g)
+    ours, ours_made = _trace_program(f, inputs, variables, rngs, context)
+    theirs, theirs_made = _trace_program(g, inputs, variables, rngs, context)
+    names = get_name(f), get_name(g)
     if None not in (ours_made, theirs_made) and ours_made != theirs_made:
-        raise _errors.different_parameters(*names, _described(ours_made), _described(theirs_made))
-    texts = _equations(ours.jaxpr, _Names()), _equations(theirs.jaxpr, _Names())
+        raise _errors.different_parameters(
+            *names, _describe_variables(ours_made), _describe_variables(theirs_made)
+        )
+    texts = _list_equations(ours.jaxpr, _Names()), _list_equations(theirs.jaxpr, _Names())
     for index, (a, b) in enumerate(itertools.zip_longest(*texts, fillvalue="nothing more")):
         if a != b:
             raise _errors.different_programs(*names, index, a, b)
     for index, (c, d) in enumerate(zip(ours.consts, theirs.consts, strict=True)):
-        if not np.array_equal(_numbers(c), _numbers(d)):
+        if not np.array_equal(_get_numbers(c), _get_numbers(d)):
             raise _errors.different_constants(*names, index, describe_item(c), describe_item(d))
 
 
-def _program(
+def _trace_program(
     f: Callable[..., Any], inputs: tuple[Any, ...], given: Any, rngs: Sequence[str], context: Any
 ) -> tuple[ClosedJaxpr, Any]:
-    """The jaxpr of a call, and the variables that it made; None where it made none."""
+    """Traces a call. Returns its jaxpr, and the variables that it made, or None."""
     if not isinstance(f, nn.Module):
         return jax.make_jaxpr(lambda *items: f(*items, **context))(*inputs), None
     module = f
@@ -104,50 +106,50 @@ class _Names(dict[Any, str]):
         return self[variable]
 
     def typed(self, variables: Sequence[Any]) -> str:
-        """Variables where they are bound."""
+        """Writes variables with their types, at the place that defines them."""
         return " ".join(f"{self[v]}:{v.aval.str_short(short_dtypes=True)}" for v in variables)
 
     def used(self, atoms: Sequence[Any]) -> str:
-        """Variables and literals where they are read."""
+        """Writes variables and literals, at the place that reads them."""
         return " ".join(str(a) if isinstance(a, Literal) else self[a] for a in atoms)
 
 
-def _equations(jaxpr: Jaxpr, names: _Names) -> Iterator[str]:
-    """Each equation as text, those of inner jaxprs after the one that holds them."""
+def _list_equations(jaxpr: Jaxpr, names: _Names) -> Iterator[str]:
+    """Writes each equation. Those of an inner jaxpr follow the equation that holds it."""
     yield f"takes {names.typed([*jaxpr.constvars, *jaxpr.invars])}"
     for equation in jaxpr.eqns:
         inner: list[Jaxpr] = []
         parameters = [
-            f"{name}={_ADDRESS.sub('', str(_without_jaxprs(value, inner)))}"
+            f"{name}={_ADDRESS.sub('', str(_replace_jaxprs(value, inner)))}"
             for name, value in equation.params.items()
             if name != "name"
         ]
         settings = f"[{' '.join(parameters)}]" if parameters else ""
-        read = names.used(equation.invars)
-        yield f"{names.typed(equation.outvars)} = {equation.primitive}{settings} {read}"
+        atoms = names.used(equation.invars)
+        yield f"{names.typed(equation.outvars)} = {equation.primitive}{settings} {atoms}"
         for body in inner:
-            yield from _equations(body, names)
+            yield from _list_equations(body, names)
     yield f"gives {names.used(jaxpr.outvars)}"
 
 
-def _without_jaxprs(value: Any, found: list[Jaxpr]) -> Any:
-    """A parameter with a mark in the place of each jaxpr, which is put with those found."""
+def _replace_jaxprs(value: Any, found: list[Jaxpr]) -> Any:
+    """Replaces the jaxprs in a parameter by a mark, and appends them to ``found``."""
     if isinstance(value, ClosedJaxpr):
         value = value.jaxpr
     if isinstance(value, Jaxpr):
         found.append(value)
         return "{...}"
     if isinstance(value, tuple | list):
-        return [_without_jaxprs(part, found) for part in value]
+        return [_replace_jaxprs(part, found) for part in value]
     return value
 
 
-def _numbers(constant: Any) -> Any:
+def _get_numbers(constant: Any) -> Any:
     is_key = jnp.issubdtype(constant.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(constant) if is_key else constant
 
 
-def _described(variables: Any) -> str:
+def _describe_variables(variables: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     named = [
         f"{jax.tree_util.keystr(p, simple=True, separator='/')}: {describe_item(x)}"

@@ -1,8 +1,7 @@
-"""The smallest counterexample, looked for by hypothesis and told by the check itself.
+"""Finds the smallest counterexample with hypothesis, and lets the check report it.
 
-Hypothesis reports a failure as the test that it found; a check that a user calls reports what is
-wrong with the layer. So the search only finds the example, and the check, run on it once more,
-speaks.
+Hypothesis would report the failing test; a check that a user calls must report what is wrong with
+the layer. So hypothesis only searches, and the check runs once more on the example that it found.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ T = TypeVar("T")
 
 
 def search(examples: st.SearchStrategy[T], check: Callable[[T], None], max_examples: int) -> None:
-    """Runs a check on drawn examples; raises what it raises on the smallest that fails."""
+    """Runs a check on drawn examples, and raises its error for the smallest that fails."""
 
     def fails(example: T) -> bool:
         try:
             check(example)
         except InvalidArgument:
             raise
-        except Exception:  # whatever a layer raises on inputs that it allows is a finding
+        except Exception:  # any error on inputs that a layer allows is a finding
             return True
         return False
 

@@ -1,4 +1,4 @@
-"""``check_shapes``: a layer against the shapes that its annotations declare."""
+"""``check_shapes``: checks a layer against the shapes in its annotations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from flax_extra.combinator._stack import describe, describe_item
+from flax_extra.combinator._core.describe import describe_item, describe_stack
 from flax_extra.testing import _errors
-from flax_extra.testing._abstract import abstract_call
-from flax_extra.testing._annotations import Declaration, declaration_of, holds, says_shapes
-from flax_extra.testing._inputs import Call, Dtypes, Options, SizeOf, calls
+from flax_extra.testing._abstract import trace_call
+from flax_extra.testing._annotations import Declaration, has_shapes, matches, read_declaration
+from flax_extra.testing._inputs import Call, Dtypes, Options, SizeOf, draw_calls
 from flax_extra.testing._search import search
 
 
@@ -24,34 +24,34 @@ def check_shapes(
     max_size: int = 5,
     max_examples: int = 1000,
 ) -> None:
-    """Checks that a layer gives what its annotations declare, whatever the sizes of the axes.
+    """Checks that the outputs of a layer are as annotated, whatever the sizes of the axes.
 
     A size is drawn for every axis name in the annotations of the inputs, one of the alternatives
     for a union, 1 or not for an axis that broadcasts, and an optional array is left out or given.
-    The outputs are compared with what is declared, in number, axes and dtype. Nothing is computed:
-    the layer is traced by ``jax.eval_shape``, once for each combination of sizes.
+    The outputs are compared with the return annotation in number, axes and dtype. Nothing is
+    computed: ``jax.eval_shape`` traces the layer, once for each combination of sizes.
 
-    A size that a field of the layer fixes is not drawn: an integer field that is named as an axis
-    is, or an axis in the annotation of a field that holds an array.
+    A size that a field of the layer determines is not drawn: an integer field with the name of an
+    axis, or an axis in the annotation of a field that holds an array.
 
     Args:
         f: a linen module or a function, with jaxtyping annotations.
-        annotations: by parameter, or ``"return"``, what to read in place of its own annotation. A
-            list or tuple of annotations stands for one; ``Annotated[int, "time-1"]`` is a number
-            that sizes give; what is no annotation is a value, passed as it is.
-        sizes: for names of axes a size, or a strategy of sizes, where the layer restricts them.
-        dtypes: for names of parameters a dtype, or several to draw from, where the annotation
-            leaves it open.
-        max_size: the largest size that is drawn for an axis of which nothing is said.
-        max_examples: how many calls are drawn; fewer where there are fewer.
+        annotations: by parameter, or ``"return"``, the annotation to use in place of its own. A
+            list or tuple of annotations declares a list or tuple. ``Annotated[int, "time-1"]``
+            is a number computed from sizes. Any other value is passed as it is.
+        sizes: for names of axes a size, or a strategy of sizes, if the layer restricts them.
+        dtypes: for names of parameters a dtype, or several to draw from, if the annotation
+            allows several.
+        max_size: the largest size that is drawn for an axis that ``sizes`` does not name.
+        max_examples: how many calls are drawn, at most.
 
     Returns:
-        Nothing, where all is as declared.
+        None.
 
     Raises:
-        AssertionError: where an output is not; it shows the smallest inputs that were found.
-        Exception: what the layer raises on inputs that its annotations allow, with a note.
-        InvalidArgument: where an annotation says no shape, or a name is not among them.
+        AssertionError: If an output is not as annotated. It shows the smallest inputs found.
+        Exception: If the layer raises one on inputs that its annotations allow; a note says so.
+        InvalidArgument: If an annotation has no shape, or the annotations do not have a name.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,10 +68,10 @@ def check_shapes(
           inputs: f32[1, 1]
           sizes: batch=1, time=1
     """
-    declaration = declaration_of(f, annotations)
+    declaration = read_declaration(f, annotations)
     options = Options(sizes or {}, dtypes or {}, max_size)
     options.check(declaration)
-    if not says_shapes(declaration.output):
+    if not has_shapes(declaration.output):
         raise _errors.no_declared_output(declaration.name, declaration.output.text)
     seen: set[Hashable] = set()
 
@@ -81,18 +81,18 @@ def check_shapes(
             _check_call(declaration, call)
             seen.add(key)
 
-    search(calls(declaration.drawable(), options), check, max_examples)
+    search(draw_calls(declaration.drawable(), options), check, max_examples)
 
 
 def _check_call(declaration: Declaration, call: Call) -> None:
     inputs = _describe(call)
     try:
-        found = abstract_call(declaration.f, *call.arguments, **call.keywords)
+        found = trace_call(declaration.f, *call.arguments, **call.keywords)
     except Exception as error:
         error.add_note(_errors.raised_on(declaration.name, inputs, call.sizes))
         raise
     sizes = dict(call.sizes)
-    if not holds(declaration.output, found, sizes, declaration.scope):
+    if not matches(declaration.output, found, sizes, declaration.scope):
         text = (
             ", ".join(map(describe_item, found)) if type(found) is tuple else describe_item(found)
         )
@@ -108,4 +108,4 @@ def _key(call: Call) -> Hashable:
 
 def _describe(call: Call) -> str:
     keywords = [f"{name}={describe_item(value)}" for name, value in call.keywords.items()]
-    return ", ".join([*([describe(call.arguments)] if call.arguments else []), *keywords])
+    return ", ".join([*([describe_stack(call.arguments)] if call.arguments else []), *keywords])

@@ -1,4 +1,4 @@
-"""``check_signature``: a callable against the arity that is inferred or declared of it."""
+"""``check_signature``: checks a callable against its signature, inferred or declared."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_extra import combinator as cb
-from flax_extra.combinator._inference import name_of
-from flax_extra.combinator._stack import describe, flatten, regroup
+from flax_extra.combinator._core.describe import describe_stack
+from flax_extra.combinator._core.naming import get_name
+from flax_extra.combinator._core.stack import flatten, regroup
 from flax_extra.testing import _errors
-from flax_extra.testing._abstract import abstract_call
+from flax_extra.testing._abstract import trace_call
 
 
 def check_signature(f: Callable[..., Any], *inputs: Any) -> None:
@@ -17,14 +18,14 @@ def check_signature(f: Callable[..., Any], *inputs: Any) -> None:
 
     Args:
         f: a function, a linen module, a combinator or any other callable.
-        inputs: an item for each that it takes, tuples among them not flattened: arrays, or
-            ``jax.ShapeDtypeStruct`` in their place. Arrays are not computed with.
+        inputs: one item for each that it takes: arrays, or ``jax.ShapeDtypeStruct`` in their
+            place. Nothing is computed.
 
     Returns:
-        Nothing, where it does.
+        None.
 
     Raises:
-        AssertionError: where it gives another number, or was given another.
+        AssertionError: If it gives another number of items, or ``inputs`` are of another number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -39,9 +40,9 @@ Correct its return annotation, or say how many: cb.fn(f, n_out=1).
     """
     signature = cb.infer_signature(f)
     if len(inputs) != signature.n_in:
-        raise _errors.wrong_n_in(name_of(f), str(signature), len(inputs))
+        raise _errors.wrong_n_in(get_name(f), str(signature), len(inputs))
     is_pipeline = isinstance(f, cb.Combinator)
     arguments = inputs if is_pipeline else regroup(inputs, signature.in_shape)
-    given = flatten(abstract_call(f, *arguments))
+    given = flatten(trace_call(f, *arguments))
     if len(given) != signature.n_out:
-        raise _errors.wrong_n_out(name_of(f), str(signature), len(given), describe(given))
+        raise _errors.wrong_n_out(get_name(f), str(signature), len(given), describe_stack(given))

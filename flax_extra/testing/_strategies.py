@@ -1,8 +1,7 @@
 """Strategies: signatures, functions that have them, and pipelines of such functions and layers.
 
 Pipelines are built so that arities fit, and so that each item keeps the shape and dtype of the
-inputs; nothing is drawn and then filtered away. What combinators ask of their children is arranged
-with ``identity``, ``select`` and ``drop`` around them.
+inputs. No draw is rejected: ``identity``, ``select`` and ``drop`` around a part make it fit.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from hypothesis import strategies as st
 from jax import Array
 
 from flax_extra import combinator as cb
-from flax_extra.combinator._signature import Nesting
-from flax_extra.combinator._stack import flatten, unstack
+from flax_extra.combinator._core.signature import Nesting
+from flax_extra.combinator._core.stack import flatten, unwrap_stack
 from flax_extra.testing import _errors
 from flax_extra.testing._inputs import SHAPE
 
@@ -28,7 +27,7 @@ Part: TypeAlias = Callable[..., Any]
 Parts: TypeAlias = st.SearchStrategy[Any]
 
 TIME = 1
-"""The axis that ``scan`` runs over by default."""
+"""The default axis of ``scan``."""
 
 
 def signatures(
@@ -39,20 +38,20 @@ def signatures(
     max_n_out: int = 2,
     grouped: bool = False,
 ) -> st.SearchStrategy[cb.Signature]:
-    """Signatures of callables.
+    """Draws signatures of callables.
 
     Args:
         min_n_in: the least number of items that they take.
         max_n_in: the largest.
         min_n_out: the least number of items that they give.
         max_n_out: the largest.
-        grouped: whether some of their arguments are tuples of items.
+        grouped: whether some of the arguments are tuples of items.
 
     Returns:
-        A strategy of signatures, which shrink to the least numbers.
+        A strategy of signatures, which shrinks to the smallest numbers.
 
     Raises:
-        InvalidArgument: where a range is empty.
+        InvalidArgument: If a range is empty.
 
     Example:
         >>> from flax_extra import combinator as cb, testing
@@ -77,7 +76,7 @@ def signatures(
 
 @st.composite
 def _nestings(draw: st.DrawFn, n: int) -> Nesting:
-    """Groupings of ``n`` items into arguments."""
+    """Draws groupings of ``n`` items into arguments."""
     arguments: list[Nesting] = []
     while n:
         size = draw(st.integers(1, n))
@@ -88,7 +87,7 @@ def _nestings(draw: st.DrawFn, n: int) -> Nesting:
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """A function of arrays of one shape that gives others of it. See :func:`functions`.
+    """A function of arrays that all have one shape. See :func:`functions`.
 
     Example:
         >>> from flax_extra import combinator as cb, testing
@@ -101,8 +100,10 @@ class Function:
     shape: tuple[int, ...] = SHAPE
 
     def __call__(self, *arguments: Any) -> Any:
-        """Weighted sums of all items, bent so that no two functions or orders agree."""
-        return unstack(tuple(map(self._output(flatten(arguments)), range(self.signature.n_out))))
+        """Returns sines of weighted sums of the items: another order gives another result."""
+        return unwrap_stack(
+            tuple(map(self._output(flatten(arguments)), range(self.signature.n_out)))
+        )
 
     def _output(self, items: tuple[Array, ...]) -> Callable[[int], Array]:
         def output(index: int) -> Array:
@@ -120,19 +121,19 @@ class Function:
 def functions(
     signature: cb.Signature, *, shape: tuple[int, ...] = SHAPE
 ) -> st.SearchStrategy[Function]:
-    """Functions with a given signature: of arrays of one shape, elementwise.
+    """Draws elementwise functions with a given signature, of arrays of one shape.
 
-    Which item went where can be told from what they give.
+    Their outputs depend on the order of the items, so that a misplaced item shows.
 
     Args:
-        signature: how many items they take, how they are grouped, and how many they give.
-        shape: the shape of what a function of no items gives; others give what they take.
+        signature: how many items they take, how these are grouped, and how many they give.
+        shape: the shape of the outputs of a function without inputs.
 
     Returns:
         A strategy of functions.
 
     Raises:
-        InvalidArgument: where ``signature`` is none, or the shape is.
+        InvalidArgument: If ``signature`` is not a signature, or ``shape`` is not a shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -158,26 +159,26 @@ def pipelines(
     shape: tuple[int, ...] = SHAPE,
     max_depth: int = 3,
 ) -> st.SearchStrategy[cb.Combinator]:
-    """Pipelines whose arities fit, shrinking towards ``identity()``.
+    """Draws pipelines whose arities fit. They shrink towards ``identity()``.
 
-    All items have one shape, and every step keeps it, so that each pipeline also runs, on what
-    :func:`inputs_for` gives. One layer may be used in several places.
+    All items have one shape, and every step keeps it, so that each pipeline runs on the inputs of
+    :func:`inputs_for`. One layer may be used in several places.
 
     Args:
-        leaves: the callables to build from, or a strategy of them: what they give has the shape
-            and dtype of what they take. In a ``scan``, they meet items without the time axis.
-            Functions, Dense, LayerNorm and Dropout by default.
-        combinators: the names of those to build with; all by default. Leaves that are no functions
-            of arrays leave out those that compute: see ``SHUFFLING``.
+        leaves: the callables to build from, or a strategy of them. Their outputs must have the
+            shape and dtype of their inputs. In a ``scan``, items have no time axis. The default
+            leaves are functions, Dense, LayerNorm and Dropout.
+        combinators: the names of the combinators to build with; all by default. If the items are
+            no arrays, use those that only move items: ``SHUFFLING``.
         shape: the shape of the items. A ``scan`` needs three axes.
-        max_depth: how many levels they have at most.
+        max_depth: how many levels a pipeline has, at most.
 
     Returns:
         A strategy of combinators.
 
     Raises:
-        InvalidArgument: where there are no leaves, a combinator is not known, the shape is none or
-            has no room for a ``scan`` that is asked for.
+        InvalidArgument: If there are no leaves, a combinator is not known, or the shape is not one
+            of arrays, or has too few axes for a ``scan``.
 
     Example:
         >>> from flax_extra import combinator as cb, testing
@@ -220,7 +221,7 @@ _COUNTER = iter(range(1_000_000_000))
 
 
 def _built_in(key: str, shape: tuple[int, ...]) -> Parts:
-    """Functions and layers that keep a shape; one of the layers is the same wherever it stands."""
+    """Draws functions and layers that keep a shape. One layer is the same instance everywhere."""
     layers = st.one_of(
         st.builds(nn.Dense, st.just(shape[-1])),
         st.builds(nn.LayerNorm),
@@ -258,7 +259,7 @@ def _as_pipeline(part: Part) -> cb.Combinator:
 
 @dataclasses.dataclass(frozen=True)
 class _Grammar:
-    """What pipelines of items of one shape are made of."""
+    """The parts of pipelines whose items have one shape."""
 
     leaves: Callable[[tuple[int, ...]], Parts]
     allowed: frozenset[str]
@@ -266,19 +267,19 @@ class _Grammar:
     max_depth: int
 
     def parts(self) -> Parts:
-        """Pipelines and bare leaves."""
+        """Draws pipelines and bare leaves."""
         return _parts(self)
 
     @functools.cached_property
     def bases(self) -> Parts:
-        """Parts that hold no others."""
+        """Parts without children."""
         single = [LEAVES[name](self) for name in LEAVES if name in self.allowed]
         several = [_one_of(single)] if single else []
         return _one_of([st.just(cb.identity()), self.leaves(self.shape), *several])
 
     @functools.cached_property
     def grown(self) -> Parts | None:
-        """Parts that hold others, one level less deep; None where there is no level left."""
+        """Parts with children of one level less; None if no level is left."""
         names = [name for name in GROWN if name in self.allowed]
         if not names or not self.max_depth:
             return None
@@ -286,7 +287,7 @@ class _Grammar:
         return _one_of([GROWN[name](inner) for name in names])
 
     def within_scan(self) -> _Grammar:
-        """What a cell is made of: items without the time axis."""
+        """Returns the grammar of a cell, whose items have no time axis."""
         shape = (*self.shape[:TIME], *self.shape[TIME + 1 :])
         allowed = self.allowed if len(shape) > TIME + 1 else self.allowed - {"scan"}
         return dataclasses.replace(self, shape=shape, allowed=allowed)
@@ -303,7 +304,7 @@ def _parts(draw: st.DrawFn, grammar: _Grammar) -> Part:
 
 
 def _one_of(strategies: list[Parts]) -> Parts:
-    """One of several, each as likely, whatever those are made of."""
+    """Draws from one of several strategies, each with the same probability."""
     return st.sampled_from(range(len(strategies))).flatmap(strategies.__getitem__)
 
 
@@ -317,12 +318,14 @@ def _selects(grammar: _Grammar) -> Parts:
     )
 
 
-def _counted(build: Callable[[int], Part], least: int, most: int) -> Callable[[_Grammar], Parts]:
+def _build_counted(
+    build: Callable[[int], Part], least: int, most: int
+) -> Callable[[_Grammar], Parts]:
     return lambda grammar: st.integers(least, most).map(build)
 
 
-def _joined_then_cut(grammar: _Grammar) -> Parts:
-    """``concatenate`` makes an axis longer, and ``split`` as long as it was."""
+def _concatenate_then_split(grammar: _Grammar) -> Parts:
+    """Concatenates and splits again, so that the shape stays."""
     numbers = st.integers(1, 3 if "split" in grammar.allowed else 1)
 
     def build(axis: int, n: int) -> Part:
@@ -332,7 +335,7 @@ def _joined_then_cut(grammar: _Grammar) -> Parts:
     return st.builds(build, _axes(grammar), numbers)
 
 
-def _cut_then_joined(grammar: _Grammar) -> Parts:
+def _split_then_concatenate(grammar: _Grammar) -> Parts:
     def build(axis: int, n: int) -> Part:
         if n == 1 or grammar.shape[axis] % n or "concatenate" not in grammar.allowed:
             return cb.split(1, axis)
@@ -346,25 +349,25 @@ def _axes(grammar: _Grammar) -> st.SearchStrategy[int]:
 
 
 LEAVES: Mapping[str, Callable[[_Grammar], Parts]] = {
-    "identity": _counted(cb.identity, 0, 3),
-    "dup": _counted(cb.dup, 0, 2),
-    "drop": _counted(cb.drop, 0, 2),
+    "identity": _build_counted(cb.identity, 0, 3),
+    "dup": _build_counted(cb.dup, 0, 2),
+    "drop": _build_counted(cb.drop, 0, 2),
     "swap": lambda grammar: st.builds(cb.swap),
     "select": _selects,
-    "add": _counted(cb.add, 1, 3),
-    "sub": _counted(cb.sub, 1, 3),
-    "mul": _counted(cb.mul, 1, 3),
-    "div": _counted(cb.div, 1, 3),
-    "concatenate": _joined_then_cut,
-    "split": _cut_then_joined,
+    "add": _build_counted(cb.add, 1, 3),
+    "sub": _build_counted(cb.sub, 1, 3),
+    "mul": _build_counted(cb.mul, 1, 3),
+    "div": _build_counted(cb.div, 1, 3),
+    "concatenate": _concatenate_then_split,
+    "split": _split_then_concatenate,
 }
-"""What builds combinators that stand alone, by the name of the combinator."""
+"""Strategies for combinators without children, by name."""
 
 
-# Combinators of others, which the grammar that they are given makes
+# Combinators with children, which the grammar draws
 
 
-def _of_several(build: Callable[..., Part]) -> Callable[[_Grammar], Parts]:
+def _build_from_several(build: Callable[..., Part]) -> Callable[[_Grammar], Parts]:
     return lambda grammar: st.lists(grammar.parts(), max_size=3).map(build)
 
 
@@ -428,9 +431,9 @@ def _scans(grammar: _Grammar) -> Parts:
 
 
 GROWN: Mapping[str, Callable[[_Grammar], Parts]] = {
-    "serial": _of_several(cb.serial),
-    "parallel": _of_several(cb.parallel),
-    "branch": _of_several(cb.branch),
+    "serial": _build_from_several(cb.serial),
+    "parallel": _build_from_several(cb.parallel),
+    "branch": _build_from_several(cb.branch),
     "keep": _keeps,
     "dip": _dips,
     "fn": _fns,
@@ -440,26 +443,26 @@ GROWN: Mapping[str, Callable[[_Grammar], Parts]] = {
     "scan": _scans,
     "remat": lambda grammar: st.builds(cb.remat, grammar.parts()),
 }
-"""What builds combinators of other parts, by the name of the combinator."""
+"""Strategies for combinators with children, by name."""
 
 COMBINATORS = frozenset(LEAVES) | frozenset(GROWN)
 """The combinators that pipelines are built with."""
 
 MOVING = frozenset({"identity", "dup", "drop", "swap", "select"})
 SHUFFLING = MOVING | {"serial", "parallel", "branch", "keep", "dip", "fn", "fold"}
-"""The combinators that look at no item: they work on items of any kind."""
+"""The combinators that only move items, whatever the items are."""
 
 
-# Parts made to fit
+# Making parts fit
 
 
 def first_step(x: Array) -> Array:
-    """A carry to begin with: the items at the first step."""
+    """Returns the items at the first step, as the initial carry of a scan."""
     return x[:, 0]
 
 
 def with_one_output(f: Part) -> Part:
-    """A callable, changed to give one item: the top one, or an input where it gives none.
+    """Changes a callable to give one item: the top one, or an input if it gives none.
 
     Args:
         f: any callable with a signature.
@@ -479,17 +482,17 @@ def with_one_output(f: Part) -> Part:
 
 
 def with_n_in(f: Part, n_in: int) -> Part:
-    """A callable, changed to take so many items: some of them more than once, or some left as is.
+    """Changes a callable to take ``n_in`` items: it uses some twice, or passes some through.
 
     Args:
         f: any callable with a signature.
-        n_in: how many items, at least one.
+        n_in: how many items, at least 1.
 
     Returns:
         ``f`` itself, or a pipeline of it.
 
     Raises:
-        InvalidArgument: where ``n_in`` is below 1.
+        InvalidArgument: If ``n_in`` is below 1.
 
     Example:
         >>> from flax_extra import combinator as cb, testing
@@ -505,7 +508,7 @@ def with_n_in(f: Part, n_in: int) -> Part:
 
 
 def not_growing(f: Part) -> Part:
-    """The callable, without the outputs that are more than its inputs."""
+    """Changes a callable to give at most as many items as it takes."""
     signature = cb.infer_signature(f)
     surplus = max(0, signature.n_out - signature.n_in)
     return cb.serial(f, cb.drop(surplus)) if surplus else f

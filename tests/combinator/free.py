@@ -122,11 +122,13 @@ def pipelines(
     )
 
 
+_LAYER_NUMBERS = itertools.count()
+
+
 def numbered_layers() -> st.SearchStrategy[Layer]:
     """Layers with names of their own, so that moving one in the expression does not rename it."""
-    counter = itertools.count()
     return st.sampled_from(ARITIES).map(
-        lambda s: Layer(s.n_in, s.n_out, name=f"layer{next(counter)}")
+        lambda s: Layer(s.n_in, s.n_out, name=f"layer{next(_LAYER_NUMBERS)}")
     )
 
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from flax_extra import combinator as cb
 from flax_extra import testing
-from flax_extra.combinator._diagram import COLOURS, LONGEST_LABEL
-from flax_extra.combinator._diagram import draw as drawn_with
-from flax_extra.combinator._stack import describe_item
+from flax_extra.combinator._core.describe import describe_item
+from flax_extra.combinator._diagram.svg import COLOURS, MAX_LABEL_LENGTH
+from flax_extra.combinator._diagram.svg import draw_diagram as drawn_with
 from tests.combinator import free
 from tests.combinator.drawn import Drawn
 from tests.combinator.pictures import FOLDER, PICTURES, draw
@@ -278,7 +278,7 @@ def test_items_that_are_no_arrays_have_labels():
     picture = cb.diagram(cb.fn(lambda x, y: x.shape[0], n_out=1), "f32[3*b]", None)
     assert texts(picture) == ["f32[3*b]", "None", "&lt;lambda&gt;", "3*b"]
     wide = cb.diagram(cb.identity(), ["f32[b, t, 64]"] * 20)
-    assert max(map(len, texts(wide))) == LONGEST_LABEL
+    assert max(map(len, texts(wide))) == MAX_LABEL_LENGTH
 
 
 def test_context_reaches_the_steps():
@@ -324,11 +324,11 @@ def test_what_is_not_a_pipeline():
 
 def test_saved_as_svg_only(tmp_path):
     picture = cb.diagram(cb.swap())
-    with pytest.raises(ValueError, match=r"^A diagram is saved as SVG, to a file") as caught:
+    with pytest.raises(ValueError, match=r"^A diagram is saved as SVG, in a file") as caught:
         picture.save(tmp_path / "swap.png")
     assert str(caught.value) == (
-        "A diagram is saved as SVG, to a file whose name ends in .svg; got "
-        f"{str(tmp_path / 'swap.png')!r}. Name it so, and convert it with another program."
+        "A diagram is saved as SVG, in a file whose name ends in .svg; got "
+        f"{str(tmp_path / 'swap.png')!r}. Save it under such a name, and convert it with another program."
     )
     assert not list(tmp_path.iterdir())
     picture.save(str(tmp_path / "swap.svg"))

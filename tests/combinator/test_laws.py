@@ -6,7 +6,7 @@ from hypothesis import given
 
 from flax_extra import combinator as cb
 from flax_extra import testing
-from flax_extra.combinator._stack import flatten
+from flax_extra.combinator._core.stack import flatten
 from tests.combinator import free
 
 pipelines = free.pipelines()
@@ -47,7 +47,7 @@ def _shape_of(p):
     seen = sorted({id(m): m for m in p.children.modules()}.values(), key=id)
     for module in seen:
         function(module)
-    q = cb.serial(p).clone(children=cb.serial(p).children.with_modules(function))
+    q = cb.serial(p).clone(children=cb.serial(p).children.replace_modules(function))
     return q(*(f"x{i}" for i in range(p.signature.n_in)))
 
 

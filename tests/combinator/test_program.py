@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flax_extra import combinator as cb
 from flax_extra import testing
-from flax_extra.combinator._stack import flatten, unstack
+from flax_extra.combinator._core.stack import flatten, unwrap_stack
 
 KEY = jax.random.key(0)
 X = jnp.linspace(-1.0, 1.0, 24).reshape(2, 3, 4)
@@ -228,7 +228,7 @@ def meaning(p, stack):
     if isinstance(p, cb.Dip):
         return stack[: p.n] + meaning(p[0], stack[p.n :])
     if isinstance(p, cb.Select):
-        return tuple(stack[i] for i in p.indices) + stack[p.n_popped :]
+        return tuple(stack[i] for i in p.indices) + stack[p._n_popped :]
     if isinstance(p, cb.Dup):
         return stack[: p.n_in] * 2 + stack[p.n_in :]
     if isinstance(p, cb.Drop):
@@ -283,7 +283,7 @@ def test_the_jaxpr_is_that_of_the_expression_read_by_hand(p):
     variables = jax.eval_shape(p.init, KEY, *inputs)
 
     def by_hand(variables, *stack):
-        return unstack(meaning(p.clone().bind(variables), stack))
+        return unwrap_stack(meaning(p.clone().bind(variables), stack))
 
     testing.assert_same_program(p.apply, by_hand, variables, *inputs)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
 from flax_extra import testing
-from flax_extra.combinator._specs import with_sizes
+from flax_extra.combinator._views.specs import substitute_sizes
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -391,5 +391,5 @@ def test_what_is_known_symbolically_holds_at_every_size(p: Any, drawn: list[Any]
     for size in drawn:
         inputs = [jax.ShapeDtypeStruct((size["b"], size["t"], 4), jnp.float32) for _ in specs]
         found, _ = jax.eval_shape(p.init_with_output, jax.random.key(0), *inputs)
-        expected = with_sizes(symbolic.outputs, size)
+        expected = substitute_sizes(symbolic.outputs, size)
         assert jax.tree.leaves(found) == jax.tree.leaves(expected)

@@ -355,7 +355,7 @@ def test_a_layer_given_to_a_scope_can_be_called_later():
 
 
 class TestAcrossAStack:
-    message = r"one instance of Dense is used both inside and outside of (repeat|stack),.*shared="
+    message = r"One instance of Dense is used both inside and outside of (repeat|stack),.*shared="
 
     def test_is_refused_when_built(self):
         d = dense()

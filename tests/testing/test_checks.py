@@ -110,7 +110,7 @@ def test_without_hypothesis_the_extra_is_named():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == (
-        "flax_extra.testing needs hypothesis, and it is not installed. Install the extra that "
+        "flax_extra.testing needs hypothesis, which is not installed. Install the extra that "
         "brings it: pip install 'flax_extra[test]'.\n"
     )
 

@@ -10,7 +10,7 @@ from hypothesis.errors import InvalidArgument
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
 from flax_extra import testing
-from flax_extra.combinator._stack import flatten
+from flax_extra.combinator._core.stack import flatten
 
 once = settings(
     max_examples=600,
@@ -34,7 +34,7 @@ def test_every_combinator_is_drawn():
     @once
     @given(testing.pipelines())
     def draw(p):
-        seen.update(node.kind for node in nodes(p) if isinstance(node, cb.Combinator))
+        seen.update(node._kind for node in nodes(p) if isinstance(node, cb.Combinator))
 
     draw()
     assert seen == testing.COMBINATORS

@@ -1,0 +1,1 @@
+"""What a pipeline is: signatures, children, how linen binds them, and how they run."""

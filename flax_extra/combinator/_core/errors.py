@@ -1,0 +1,558 @@
+"""Exceptions, and the wording of all messages.
+
+    ValueError
+    ├── SignatureError    a callable takes or gives another number of items than it should
+    ├── ShapeError        a shape is not as declared, or cannot be known for every size
+    └── SharingError      one layer instance would need two sets of parameters
+
+An argument of the wrong type, or a keyword that no layer takes, is a plain ``TypeError``.
+
+Each function below makes one exception or one note. A message says what was asked, what was
+found and what to do, in that order, with the real values. Nothing here computes anything: callers
+hand over text, so that all wording can be read and changed in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+
+class SignatureError(ValueError):
+    """A callable takes or gives another number of items than it should.
+
+    Example:
+        >>> from flax_extra import combinator as cb
+        >>> cb.select((-1,))
+        Traceback (most recent call last):
+            ...
+        flax_extra.combinator.SignatureError: select takes indices counted from the \
+top of the stack, which is index 0; got -1. Use a non-negative index.
+    """
+
+
+class ShapeError(ValueError):
+    """A shape is not as declared, or cannot be known for every size at once.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> from flax_extra import combinator as cb
+        >>> cb.typed(nn.Dense(3), "f32[b, 8] -> f32[b, 4]")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        flax_extra.combinator.ShapeError: Declared and computed shapes differ.
+          declared: f32[b, 8] -> f32[b, 4]
+          computed: f32[b, 8] -> f32[b, 3]
+        ...
+    """
+
+
+class SharingError(ValueError):
+    """One layer instance is used where it would need two sets of parameters.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> from flax_extra import combinator as cb
+        >>> dense = nn.Dense(4)
+        >>> cb.serial(dense, cb.repeat(dense, 3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        flax_extra.combinator.SharingError: One instance of Dense is used both ...
+    """
+
+
+for _exception in (SignatureError, ShapeError, SharingError):
+    _exception.__module__ = "flax_extra.combinator"  # where people find them
+
+NOTE_PREFIX = "flax_extra: in "
+REMEDY_FN = "cb.fn(f, n_in=..., n_out=..., key=value)"
+
+
+# Building: what cannot be a child, and signatures that cannot be inferred.
+
+
+def not_svg(path: str) -> ValueError:
+    return ValueError(
+        f"A diagram is saved as SVG, in a file whose name ends in .svg; got {path!r}. Save it "
+        "under such a name, and convert it with another program."
+    )
+
+
+def not_callable(value: str, kind: str) -> TypeError:
+    return TypeError(
+        f"A pipeline is made of callables and (nested) iterables of callables; got {value} "
+        f"({kind}). Pass a function, a linen module or a combinator."
+    )
+
+
+def module_class(name: str) -> TypeError:
+    return TypeError(
+        f"A pipeline is made of layers; got the class {name}. Make a layer of it: {name}(...)."
+    )
+
+
+def not_one_child(asked: str, found: int) -> TypeError:
+    return TypeError(
+        f"{asked} takes one callable; got {found}. Put several in series: cb.serial(...)."
+    )
+
+
+def not_an_integer(asked: str, name: str, value: str) -> TypeError:
+    return TypeError(f"{asked} takes an integer for {name}; got {value}.")
+
+
+def not_integers(asked: str, name: str, value: str) -> TypeError:
+    return TypeError(f"{asked} takes a sequence of integers for {name}; got {value}.")
+
+
+def too_small(asked: str, name: str, least: int, value: int) -> ValueError:
+    return ValueError(f"{asked} takes {name} of at least {least}; got {value}.")
+
+
+def not_a_name(module: str, name: str) -> TypeError:
+    return TypeError(f"The name of a layer is a string; {module} has name={name}.")
+
+
+def reserved_name(module: str, name: str) -> ValueError:
+    return ValueError(
+        f"Linen does not apply variables with a layer called {name!r}; {module} has that name. "
+        f"Give it another."
+    )
+
+
+def name_taken(name: str, first: str, second: str) -> ValueError:
+    return ValueError(
+        f"Two layers of one scope are called {name!r}: a {first} and a {second}. Linen keeps their "
+        f"variables under that name, so each needs a name of its own. Rename one, or put it in a "
+        f"scope: cb.serial(layer, name=...)."
+    )
+
+
+def bad_signature(asked: str, why: str) -> SignatureError:
+    return SignatureError(f"{asked} is not a signature: {why}.")
+
+
+def no_python_signature(f: str) -> SignatureError:
+    return SignatureError(
+        f"How many inputs does {f} take? It has no Python signature to read it from. "
+        f"Say so: {REMEDY_FN}."
+    )
+
+
+def variable_positional(f: str, name: str) -> SignatureError:
+    return SignatureError(
+        f"How many inputs does {f} take? It accepts any number (*{name}). Say how many: "
+        f"{REMEDY_FN}."
+    )
+
+
+def variable_tuple(f: str, name: str, annotation: str) -> SignatureError:
+    return SignatureError(
+        f"How many items does parameter {name!r} of {f} take off the stack? Its annotation is "
+        f"{annotation}, a tuple of any length. Annotate each item, as in tuple[Array, Array], "
+        f"or say how many: {REMEDY_FN}."
+    )
+
+
+def empty_tuple(f: str, name: str) -> SignatureError:
+    return SignatureError(
+        f"Parameter {name!r} of {f} is annotated as the empty tuple, which takes nothing off the "
+        f"stack. Bind it: cb.fn(f, {name}=())."
+    )
+
+
+def variable_output(f: str, annotation: str) -> SignatureError:
+    return SignatureError(
+        f"How many outputs does {f} give? Its return annotation is {annotation}, a tuple of any "
+        f"length. Annotate each item, as in tuple[Array, Array], or say how many: {REMEDY_FN}."
+    )
+
+
+def never_returns(f: str) -> SignatureError:
+    return SignatureError(
+        f"{f} is annotated as never returning, so it cannot be a step of a pipeline. Correct the "
+        f"annotation, or say how many outputs it gives: {REMEDY_FN}."
+    )
+
+
+def required_keyword(f: str, name: str) -> SignatureError:
+    return SignatureError(
+        f"{f} requires the keyword-only argument {name!r}, which no stack can give. Bind it: "
+        f"cb.fn(f, {name}=...)."
+    )
+
+
+def unknown_fixed(f: str, name: str, taken: Iterable[str]) -> TypeError:
+    return TypeError(
+        f"cb.fn binds {name!r}, and {f} takes no such keyword. It takes: {_listing(taken)}."
+    )
+
+
+def unbindable(f: str, name: str) -> SignatureError:
+    return SignatureError(
+        f"cb.fn cannot bind parameter {name!r} of {f}: a positional-only parameter takes its "
+        f"value by position. Wrap it: lambda x: f(x, value)."
+    )
+
+
+def wrong_n_in(f: str, asked: int, least: int, most: int | None) -> SignatureError:
+    if most is None:
+        range_ = f"at least {_count(least, 'item')}"
+    elif least == most:
+        range_ = _count(least, "item")
+    else:
+        range_ = f"{least} to {_count(most, 'item')}"
+    return SignatureError(
+        f"cb.fn(f, n_in={asked}): {f} takes {range_} off the stack. Correct n_in, or bind a "
+        f"parameter: cb.fn(f, name=value)."
+    )
+
+
+def contradicted(f: str, name: str, asked: int, known: int) -> SignatureError:
+    return SignatureError(
+        f"cb.fn(f, {name}={asked}) contradicts {f}, whose signature has {name}={known}. Leave "
+        f"{name} out."
+    )
+
+
+def too_many_items(asked: str, name: str, most: int, value: int) -> SignatureError:
+    return SignatureError(
+        f"{asked} takes {name} of at most {most}; got {value}. Put many values in one item: a "
+        f"list, a dict or an array."
+    )
+
+
+# Building: combinators.
+
+
+def negative_index(index: int) -> SignatureError:
+    return SignatureError(
+        f"select takes indices counted from the top of the stack, which is index 0; got {index}. "
+        f"Use a non-negative index."
+    )
+
+
+def residual_arity(side: str, signature: str, text: str) -> SignatureError:
+    return SignatureError(
+        f"residual adds one output of its body to one output of its shortcut; the {side} {text} "
+        f"has signature {signature}. Drop or merge the outputs you do not add, for instance with "
+        f"cb.drop() or cb.add()."
+    )
+
+
+def keep_too_deep(n: int, signature: str, text: str) -> SignatureError:
+    return SignatureError(
+        f"keep(f, n={n}) keeps the last {n} of f's inputs; f is {text} with signature {signature}. "
+        f"Keep at most its inputs."
+    )
+
+
+def not_binary(signature: str, text: str) -> SignatureError:
+    return SignatureError(
+        f"fold takes a function of two items that gives one; got {text} with signature "
+        f"{signature}. Say how it meets the stack: cb.fn(f, n_in=2, n_out=1)."
+    )
+
+
+def more_out_than_in(signature: str, text: str) -> SignatureError:
+    return SignatureError(
+        f"repeat feeds the outputs of f to its next copy, so f gives at most as many items as it "
+        f"takes; got {text} with signature {signature}. Drop the outputs that are not handed on, "
+        f"with cb.drop()."
+    )
+
+
+def scan_arity(signature: str, text: str, n_carry: int) -> SignatureError:
+    return SignatureError(
+        f"scan takes a cell from (carry.., x) to (carry.., y), here with "
+        f"{_count(n_carry, 'carry item')}; got {text} with signature {signature}. Let it give back "
+        f"every carry item, or say how many there are: cb.scan(cell, n_carry=...)."
+    )
+
+
+def no_sequence(text: str, signature: str, n_carry: int) -> SignatureError:
+    return SignatureError(
+        f"scan takes a cell with at least one input beyond its carry, the sequence to run over; "
+        f"got {text} with signature {signature} and {_count(n_carry, 'carry item')}. Give the cell "
+        f"an input for the sequence, or say how many items it carries: cb.scan(cell, n_carry=...)."
+    )
+
+
+def not_a_policy(asked: str, name: str, value: str) -> TypeError:
+    return TypeError(
+        f"{asked} takes a callable for {name}, one of jax.checkpoint_policies; got {value}."
+    )
+
+
+def foreign_module(name: str, module: str) -> TypeError:
+    return TypeError(
+        f"{name}.expand may only arrange the children that it is given; it also uses the layer "
+        f"{module}, which is not one of them, so its parameters have no place. Pass that layer to "
+        f"{name} as a child."
+    )
+
+
+def no_expansion(name: str) -> TypeError:
+    return TypeError(
+        f"{name} does not say what it means. Define expand(self, *children), which returns a "
+        f"combinator made of its children."
+    )
+
+
+def index_out_of_range(label: str, index: int, length: int) -> IndexError:
+    return IndexError(
+        f"{label} has {_count(length, 'child', 'children')}; there is no child {index}."
+    )
+
+
+def shared_across_copies(module: str, copies: str) -> SharingError:
+    return SharingError(
+        f"One instance of {module} is used both inside and outside of {copies}, whose copies have "
+        f"parameters of their own, stacked on a leading axis: it would need two sets of them. Make "
+        f"a second instance, or use shared=True."
+    )
+
+
+# Running.
+
+
+def too_few_inputs(
+    path: Sequence[str],
+    signature: str,
+    takes: int,
+    found: int,
+    stack: str,
+    n_in: int,
+    given: int,
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} takes {_count(takes, 'item')} off the stack, and "
+        f"{_is_there(found)}.\n"
+        f"  signature: {signature}\n"
+        f"  stack: {stack}\n"
+        f"  The pipeline takes {_count(n_in, 'input')} and was called with {given}. Give it the "
+        f"missing {'input' if n_in - given == 1 else 'inputs'}, copy an item with cb.dup() or "
+        f"cb.select() before this step, or bind a parameter that is no input: "
+        f"cb.fn(f, name=value)."
+    )
+
+
+def wrong_n_out(
+    path: Sequence[str], signature: str, asked: int, found: int, returned: str, stack: str
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} is declared to give {_count(asked, 'item')}, and gave {found}: "
+        f"{returned or 'nothing'}.\n"
+        f"  signature: {signature}\n"
+        f"  stack: {stack}\n"
+        f"  Correct its return annotation, or say how many: cb.fn(f, n_out={found})."
+    )
+
+
+def changed_carry(
+    path: Sequence[str], signature: str, index: int, before: str, after: str, stack: str
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} must give each item back as it took it, since every copy or step is fed "
+        f"the last one's: item {index} went in as {before} and came out as {after}.\n"
+        f"  signature: {signature}\n"
+        f"  stack: {stack}\n"
+        f"  Keep its shape and dtype, for instance with a final projection or a cast."
+    )
+
+
+def no_time_axis(
+    path: Sequence[str], role: str, item: str, axis: int, stack: str
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} runs over axis {axis}, and its {role} {item} has no room for one.\n"
+        f"  stack: {stack}\n"
+        f"  Choose the axis that holds time: cb.scan(cell, axis=...)."
+    )
+
+
+def unknown_context(label: str, unknown: Iterable[str], taken: Iterable[str]) -> TypeError:
+    return TypeError(
+        f"{label} was called with {_listing(unknown)}, which none of its parts takes as an "
+        f"optional keyword. They take: {_listing(taken)}."
+    )
+
+
+def write_note(path: Sequence[str], signature: str, stack: str, advice: str) -> str:
+    facts = f"{NOTE_PREFIX}{_path(path)}\n  signature: {signature}\n  stack: {stack}"
+    return f"{facts}\n  {advice}" if advice else facts
+
+
+def advise_on(error: Exception) -> str:
+    """Advises on an error that linen raises in layers. Empty for other errors."""
+    if str(error).startswith('Parameter "deterministic" must be passed'):
+        return "Say at the call which it is: apply(variables, ..., deterministic=True)."
+    return _ADVICE.get(type(error).__name__, "")
+
+
+_ADVICE = {
+    "InvalidRngError": "Give apply a key for that stream, as in rngs={'dropout': key}, or switch "
+    "the layer off, as with deterministic=True.",
+    "ScopeParamShapeError": "The variables were made for other inputs, or for another pipeline: "
+    "give it the inputs that they were made for, or initialise again.",
+    "ScopeParamNotFoundError": "The variables were made for another pipeline: initialise again.",
+    "CallCompactUnboundModuleError": "A pipeline with layers is called with variables: "
+    "pipeline.apply(variables, ...), where variables = pipeline.init(key, ...).",
+}
+
+
+def advise_on_sum() -> str:
+    return "The items must have one shape, or broadcast to one."
+
+
+def advise_on_residual() -> str:
+    return (
+        "The body and the shortcut of a residual are added, so both give one shape. Project one: "
+        "cb.residual(f, shortcut=nn.Dense(features))."
+    )
+
+
+def advise_on_concatenate(axis: int) -> str:
+    return f"The items may differ along axis {axis} alone. Name another: cb.concatenate(axis=...)."
+
+
+def advise_on_split(n: int, axis: int) -> str:
+    return f"The size of axis {axis} must divide by {n}. Name another: cb.split({n}, axis=...)."
+
+
+# Shapes.
+
+
+def bad_spec(text: str) -> ValueError:
+    return ValueError(
+        f"{text!r} is not a spec. Write an array as jaxprs print it, such as 'f32[b, t, 64]' or "
+        f"'bool[]', and None for an absent item; or pass an array or a jax.ShapeDtypeStruct."
+    )
+
+
+def bad_declaration(text: str) -> ValueError:
+    return ValueError(
+        f"{text!r} declares no shapes. Write inputs, one arrow and outputs, such as "
+        f"'i32[b, t] -> f32[b, t, 64]'."
+    )
+
+
+def unknown_dtype(text: str, dtype: str, known: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"{text!r} is not a spec: {dtype!r} is no type of numbers. Jaxprs name these: "
+        f"{', '.join(sorted(known))}."
+    )
+
+
+def bad_dimensions(text: str, why: str) -> ValueError:
+    return ValueError(
+        f"{text!r} is not a spec: {why}. A dimension is a number, a name, or an expression of "
+        f"these, such as '8*t + 1'."
+    )
+
+
+def too_precise(text: str, narrow: str) -> ValueError:
+    return ValueError(
+        f"{text} has more bits than JAX keeps by default. Ask for {narrow.removesuffix('[]')}, or "
+        f"enable jax_enable_x64."
+    )
+
+
+def symbolic_parameter(parameter: str, shape: str, names: Sequence[str]) -> ShapeError:
+    return ShapeError(
+        f"Parameter {parameter} would be {shape}, so that {_listing(names)} sizes it, and the "
+        f"parameters of a model have one size. Make {'it' if len(names) == 1 else 'each'} a "
+        f"number in the spec."
+    )
+
+
+def undecidable(operation: str, where: str, names: Sequence[str]) -> ShapeError:
+    found = f"\n{where}" if where else ""
+    return ShapeError(
+        f"An operation cannot be decided for every size at once: {operation}{found}\n"
+        f"  Make {_choice(names)} a number in the spec."
+    )
+
+
+def other_shapes(declared: str, computed: str, step: str) -> ShapeError:
+    parted = f"\n  They part at {step}" if step else ""
+    return ShapeError(
+        f"Declared and computed shapes differ.\n"
+        f"  declared: {declared}\n"
+        f"  computed: {computed}{parted}\n"
+        f"  Correct the declaration, or the step."
+    )
+
+
+def describe_step(path: Sequence[str], before: str, after: str) -> str:
+    return f"{_path(path)}: {before} -> {after}"
+
+
+def _path(path: Sequence[str]) -> str:
+    return " -> ".join(path)
+
+
+def _listing(names: Iterable[str]) -> str:
+    return ", ".join(sorted(map(repr, names))) or "none"
+
+
+def _choice(names: Sequence[str]) -> str:
+    quoted = list(map(repr, names))
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+def _count(n: int, one: str, many: str | None = None) -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def _is_there(n: int) -> str:
+    return "none is there" if n == 0 else f"only {n} {'is' if n == 1 else 'are'} there"
+
+
+# Variables of copies
+
+MOST_LISTED = 8
+
+
+def no_number(asked: str, name: str, value: str) -> ValueError:
+    return ValueError(
+        f"{asked} takes for {name} the name of a scope with {{}} for its number, such as "
+        f"'layers_{{}}'; got {value!r}."
+    )
+
+
+def no_such_scope(asked: str, path: str, scopes: list[str]) -> ValueError:
+    listed = ", ".join(
+        [*map(repr, scopes[:MOST_LISTED]), *(["..."] if scopes[MOST_LISTED:] else [])]
+    )
+    return ValueError(
+        f"{asked} finds no variables in {path!r}. There are some in {listed or 'no scope'}."
+    )
+
+
+def not_stacked(path: str, sizes: Mapping[str, int | None]) -> ValueError:
+    listed = ", ".join(
+        f"{name}: {'no axis' if size is None else size}"
+        for name, size in list(sizes.items())[:MOST_LISTED]
+    )
+    return ValueError(
+        f"unstack_layers takes the variables of a repeat, whose leading axes are one number of "
+        f"copies; those in {path!r} are {listed}."
+    )
+
+
+def taken_scope(asked: str, into: str, name: str) -> ValueError:
+    return ValueError(f"{asked} would put {name!r} where there is something. Change into={into!r}.")
+
+
+def missing_copy(layers: str, name: str, missing: int, n: int) -> ValueError:
+    return ValueError(
+        f"stack_layers finds {n} of {layers!r} with {name!r}, and none with number {missing}. "
+        "Copies are numbered from 0, and each has the same variables."
+    )
+
+
+def different_copies(layers: str, name: str, first: str, i: int, found: str) -> ValueError:
+    return ValueError(
+        f"stack_layers stacks copies of one layer; {name!r} is {first} in "
+        f"{layers.format(0)!r} and {found} in {layers.format(i)!r}."
+    )

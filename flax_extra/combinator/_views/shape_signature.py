@@ -1,0 +1,138 @@
+"""Shape signatures: the shapes of a whole model for every batch and length, before any array is.
+
+>>> from flax import linen as nn
+>>> from flax_extra import combinator as cb
+>>> encoder = nn.Embed(256, 64) >> cb.repeat(cb.residual(nn.Dense(64), nn.relu), 6)
+>>> print(cb.shape_signature(encoder, "i32[b, t]"))
+i32[b, t] -> f32[b, t, 64]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax_extra.combinator._core import errors
+from flax_extra.combinator._core.describe import describe_stack
+from flax_extra.combinator._core.stack import Stack
+from flax_extra.combinator._views.explain import explain_error, find_symbolic_parameters
+from flax_extra.combinator._views.record import RunRecord, record_run
+from flax_extra.combinator._views.specs import canonicalize_dimensions, parse_items
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShapeSignature:
+    """The shapes that a pipeline takes and gives.
+
+    Two are equal if they differ only in the names of dimensions. A text equals the signature that
+    it declares.
+
+    Args:
+        inputs: the items, top first: ``jax.ShapeDtypeStruct`` for arrays.
+        outputs: the items, top first.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> from flax_extra import combinator as cb
+        >>> shapes = cb.shape_signature(nn.Dense(3), "f32[b, 8]")
+        >>> shapes == "f32[batch, 8] -> f32[batch, 3]"
+        True
+        >>> shapes.outputs[0].shape
+        (b, 3)
+    """
+
+    inputs: Stack
+    outputs: Stack
+
+    @classmethod
+    def parse(cls, text: str) -> ShapeSignature:
+        """Reads the shapes that a text declares, such as ``"f32[b, 8] -> f32[b, 3]"``.
+
+        Raises:
+            ValueError: If the text does not declare shapes.
+        """
+        if text.count("->") != 1:
+            raise errors.bad_declaration(text)
+        # Both sides are read together, so that a name means the same on each.
+        left, right = text.split("->")
+        n_in = len(parse_items(left))
+        both = ", ".join(side.strip() for side in (left, right) if side.strip() not in ("", "()"))
+        items = parse_items(both)
+        return cls(items[:n_in], items[n_in:])
+
+    @functools.cached_property
+    def _key(self) -> tuple[Any, ...]:
+        return len(self.inputs), canonicalize_dimensions((*self.inputs, *self.outputs))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str):
+            other = ShapeSignature.parse(other)
+        return self._key == other._key if isinstance(other, ShapeSignature) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __str__(self) -> str:
+        return f"{_list_items(self.inputs)} -> {_list_items(self.outputs)}"
+
+    def __repr__(self) -> str:
+        return f"ShapeSignature({str(self)!r})"
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return ShapeSignature.parse, (str(self),)
+
+
+def shape_signature(f: Callable[..., Any], *inputs: Any, **context: Any) -> ShapeSignature:
+    """Finds the shapes that a pipeline gives for inputs of these shapes. It computes nothing.
+
+    A name stands for every size at once: the pipeline runs on JAX's symbolic dimensions.
+
+    Args:
+        f: a pipeline, or any callable that could be a step of one.
+        inputs: the items of the stack, top first. Each is a text such as ``"f32[b, t, 64]"``, an
+            array, a ``jax.ShapeDtypeStruct``, a pytree of these, or None for an absent item.
+            Other values, such as numbers, are passed as they are.
+        context: keywords for every step that takes them, such as ``deterministic``.
+
+    Returns:
+        The shapes, which print as ``f32[b, t, 64] -> f32[b, t, 8]``.
+
+    Raises:
+        ShapeError: If a step cannot be decided for every size, or a name sizes a parameter. It
+            says which dimension to make a number.
+        ValueError: If an input is not a spec.
+        Exception: If a step raises one; a note says which step.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> from flax_extra import combinator as cb, layer as xn
+        >>> attention = cb.residual(nn.LayerNorm(), xn.SelfAttention(n_heads=4))
+        >>> print(cb.shape_signature(attention, "f32[b, t, 64]", "bool[b, t, t]"))
+        f32[b, t, 64], bool[b, t, t] -> f32[b, t, 64]
+
+    Source:
+        "Shape polymorphism", in the documentation of ``jax.export``.
+    """
+    return read_shapes(f, record_run(f, inputs, context), context)
+
+
+def read_shapes(
+    f: Callable[..., Any], run: RunRecord, context: Mapping[str, Any]
+) -> ShapeSignature:
+    """Reads the shapes from the record of a run, or raises the error that stopped it."""
+    root = run.root
+    if (error := run.error) is not None:
+        explained = explain_error(f, root.before, context, error)
+        if explained is error:
+            raise error
+        raise explained from error
+    sized = next(find_symbolic_parameters(run.variables.get("params", {})), None)
+    if sized is not None:
+        raise errors.symbolic_parameter(*sized)
+    return ShapeSignature(root.before, root.after or ())
+
+
+def _list_items(items: Stack) -> str:
+    return describe_stack(items) if items else "()"

@@ -1,0 +1,120 @@
+"""The steps of a pipeline, each with the parameters that it uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import jax
+from flax import linen as nn
+
+from flax_extra.combinator._core.combinator import Combinator
+from flax_extra.combinator._core.expression import format_short
+from flax_extra.combinator._core.naming import get_name
+from flax_extra.combinator._views.record import StepRecord
+from flax_extra.combinator._words.fn import Fn
+from flax_extra.combinator._words.repeat import Repeat
+
+MAX_NAME_LENGTH = 44
+"""How many characters of an expression are shown."""
+
+Leaves: TypeAlias = dict[tuple[str, ...], Any]
+"""The leaves of a tree of variables by their paths."""
+
+
+@dataclasses.dataclass
+class Step(StepRecord):
+    """One step of a pipeline. See :func:`summary`.
+
+    Args:
+        position: the indices of children that lead to it from the outermost pipeline.
+        path: the same for people to read, as in errors.
+        target: the callable.
+        signature: how many items it takes and gives.
+        before: the whole stack that it finds, top first: ``jax.ShapeDtypeStruct`` for arrays.
+        after: the whole stack that it leaves; None if it failed.
+        modules: paths, in the parameter tree, of the modules that it uses.
+        error: the exception that it raised, if it did.
+        children: the steps within.
+        name: its expression, or the kind of combinator.
+        parameters: how many numbers its parameters hold, without those that an earlier step uses.
+        bytes: how many bytes these take.
+        shared: whether an earlier step uses all of its parameters.
+    """
+
+    name: str = ""
+    parameters: int = 0
+    bytes: int = 0
+    shared: bool = False
+
+
+def count_parameters(record: StepRecord, parameters: Leaves) -> Step:
+    """Returns the steps of a record, each with the parameters that no earlier step uses."""
+    return _Counter(parameters).count(record)
+
+
+def flatten_variables(tree: Any) -> Leaves:
+    """Returns the leaves of a tree of variables by their paths, without metadata."""
+    leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(tree))
+    return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
+
+
+def measure(leaves: Iterable[Any]) -> tuple[int, int]:
+    """Counts the numbers in arrays, and their bytes."""
+    sizes = [(math.prod(leaf.shape), leaf.dtype.itemsize) for leaf in leaves]
+    return sum(n for n, _ in sizes), sum(n * width for n, width in sizes)
+
+
+class _Counter:
+    """Counts the parameters of each step, in the order in which steps run: each only once."""
+
+    def __init__(self, parameters: Leaves) -> None:
+        self._parameters = parameters
+        self._in_module: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for path in parameters:
+            for length in range(len(path) + 1):
+                self._in_module.setdefault(path[:length], []).append(path)
+        self._counted: set[tuple[str, ...]] = set()
+
+    def count(self, record: StepRecord) -> Step:
+        children = list(map(self.count, record.children))
+        used = {path for module in record.modules for path in self._in_module.get(module, ())}
+        new = used - self._counted
+        self._counted |= new
+        count, size = measure(self._parameters[path] for path in new)
+        count += sum(child.parameters for child in children)
+        size += sum(child.bytes for child in children)
+        fields = {**vars(record), "children": children}
+        return Step(
+            **fields,
+            name=_format_name(record.target),
+            parameters=count,
+            bytes=size,
+            shared=bool(used) and not new and not count,
+        )
+
+
+def _format_name(target: Callable[..., Any]) -> str:
+    if not isinstance(target, Combinator) or not len(target.children):
+        return _format_leaf(target)
+    if not target._is_visible:  # it only declares: the name is that of the callable it holds
+        inner = target.children[0].target
+        has_steps = isinstance(inner, Combinator) and len(inner.children)
+        return _format_name(inner) if has_steps else _format_leaf(target)
+    if isinstance(target, Repeat):
+        return f"{target._label} x{target.n}{', shared' if target.shared else ''}"
+    return target._label
+
+
+def _format_leaf(target: Callable[..., Any]) -> str:
+    """Writes the expression, or the most telling part of it if it is long."""
+    text = format_short(target)
+    if len(text) <= MAX_NAME_LENGTH:
+        return text
+    if isinstance(target, Fn):
+        return _format_leaf(target.children[0].target)
+    name = getattr(target, "name", None) if isinstance(target, nn.Module) else None
+    named = f"{get_name(target)}(name={name!r}, ...)"
+    return named if name and len(named) <= MAX_NAME_LENGTH else f"{get_name(target)}(...)"

@@ -1,0 +1,1 @@
+"""The combinators, each written from those before it."""

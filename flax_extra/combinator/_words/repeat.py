@@ -1,0 +1,125 @@
+"""``repeat``: copies of a callable in series, compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flax_extra.combinator._core import errors
+from flax_extra.combinator._core.checks import as_integer, check_at_least
+from flax_extra.combinator._core.children import make_only_child
+from flax_extra.combinator._core.expression import Argument, format_short, list_fields
+from flax_extra.combinator._core.linen import static_property
+from flax_extra.combinator._core.run import Steps
+from flax_extra.combinator._core.stack import Stack, put, take
+from flax_extra.combinator._words.lift import (
+    Lifted,
+    Policy,
+    check_carry,
+    check_policy,
+    rematerialize,
+    run_loop,
+)
+
+
+class Repeat(Lifted):
+    """Copies of a callable in series. See :func:`repeat`."""
+
+    n: int = 1
+    shared: bool = False
+    remat: bool | Policy = False
+    unroll: int = 1
+
+    @static_property
+    def _stacks_parameters(self) -> bool:
+        return not self.shared
+
+    def _check(self) -> None:
+        super()._check()
+        check_at_least("repeat", "n", 0, self.n)
+        check_at_least("repeat", "unroll", 1, self.unroll)
+        child = self.children[0]
+        if child.signature.n_out > child.signature.n_in:
+            raise errors.more_out_than_in(str(child.signature), format_short(child.target))
+
+    def _run(self, stack: Stack, steps: Steps) -> Stack:
+        taken, rest = take(stack, self.signature.n_in)
+        carry, constant = take(taken, self.signature.n_out)
+
+        def run_copy(combinator: Repeat, carry: Stack, _: None) -> tuple[Stack, None]:
+            before = put(carry, constant)
+            after = steps.on(combinator)(0, before)
+            check_carry(carry, after, self, steps, before)
+            return after, None
+
+        if self.remat:
+            policy = None if self.remat is True else self.remat
+            run_copy = rematerialize(run_copy, self, prevent_cse=False, policy=policy)
+        carry, _ = run_loop(
+            run_copy, self, carry, None, length=self.n, stacked=not self.shared, unroll=self.unroll
+        )
+        return put(carry, rest)
+
+    @static_property
+    def _arguments(self) -> list[Argument]:
+        others = [(prefix, value) for prefix, value in list_fields(self) if prefix != "n="]
+        return [("", self.children[0].target), ("", self.n), *others]
+
+
+def repeat(
+    f: Callable[..., Any],
+    n: int,
+    *,
+    shared: bool = False,
+    remat: bool | Policy = False,
+    unroll: int = 1,
+    name: str | None = None,
+) -> Repeat:
+    """Puts ``n`` copies of ``f`` in series, compiled once.
+
+    Each copy has parameters of its own. They are stacked on a new leading axis, of logical name
+    ``"layers"``, and the copies run in a loop (``nn.scan``), so that the compile time does not grow
+    with ``n``. Each copy has its own rng.
+
+    The items that ``f`` gives, ``n_out`` of them, are handed from copy to copy and must keep shape
+    and dtype. The inputs beyond those, such as a mask, are the same for every copy.
+
+    Args:
+        f: a callable that takes ``n_in`` items and gives at most as many.
+        n: number of copies.
+        shared: whether all copies use one set of parameters.
+        remat: whether to recompute each copy in the backward pass, so that memory holds the
+            intermediate values of one copy at a time. A policy, one of
+            ``jax.checkpoint_policies``, says which values are kept all the same.
+        unroll: how many copies one iteration of the compiled loop runs.
+        name: the name of its scope; ``Repeat_0``, ``Repeat_1``, ... if left out.
+
+    Returns:
+        A combinator with the signature of ``f``.
+
+    Raises:
+        SignatureError: If ``f`` gives more items than it takes; at the call, if an item changes
+            shape or dtype.
+        SharingError: If a layer in ``f`` is also used outside of it and not ``shared``.
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is too small.
+
+    Example:
+        >>> import jax
+        >>> from flax import linen as nn
+        >>> from flax_extra import combinator as cb
+        >>> tower = cb.repeat(cb.residual(nn.Dense(4), nn.relu), 6)
+        >>> variables = tower.init(jax.random.key(0), jax.numpy.ones((2, 4)))
+        >>> jax.tree.map(jax.numpy.shape, variables)
+        {'params': {'Dense_0': {'bias': (6, 4), 'kernel': (6, 4, 4)}}}
+    """
+    if not isinstance(remat, bool):
+        check_policy("repeat", "remat", remat)
+    return Repeat(
+        make_only_child("repeat", f),
+        n=as_integer("repeat", "n", n),
+        shared=shared,
+        remat=remat,
+        unroll=as_integer("repeat", "unroll", unroll),
+        name=name,
+    )
