@@ -19,6 +19,7 @@ every word below says where items go.
 """
 
 from flax_extra.combinator._core.combinator import Combinator
+from flax_extra.combinator._core.context import ContextKeyword, context
 from flax_extra.combinator._core.errors import ShapeError, SharingError, SignatureError
 from flax_extra.combinator._core.inference import infer_signature
 from flax_extra.combinator._core.signature import Signature
@@ -77,6 +78,7 @@ __all__ = [
     "Signature",
     "infer_signature",
     "fn",
+    "context",
     # where data flows
     "serial",
     "parallel",
@@ -137,6 +139,7 @@ __all__ = [
     "Scan",
     "Remat",
     "Fn",
+    "ContextKeyword",
     "Typed",
     # what goes wrong
     "SignatureError",

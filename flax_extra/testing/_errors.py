@@ -69,6 +69,13 @@ def not_a_signature(asked: str, kind: str) -> InvalidArgument:
     )
 
 
+def context_without_specs(f: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"inputs_for was given context for {f}, and no specs of its inputs, with which the context "
+        f"shares its dimensions. Give both: specs=['f32[b, t, 8]'], context={{...}}."
+    )
+
+
 def wrong_number_of_specs(f: str, found: int, signature: str) -> InvalidArgument:
     return InvalidArgument(
         f"inputs_for was given {found} specs for {f}, whose signature is {signature}. Give one "
@@ -117,6 +124,13 @@ def no_strategy_for(asked: str, name: str, dtypes: Iterable[str]) -> InvalidArgu
 
 
 # Checks.
+
+
+def undeclared_pipeline(f: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"check_shapes compares a callable with its annotations, and {f} is a pipeline, which has "
+        f"none. Declare its shapes: check_shapes(cb.typed(pipeline, 'f32[b, t, 8] -> f32[b, t]'))."
+    )
 
 
 def undeclared_output(

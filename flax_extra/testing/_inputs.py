@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -16,7 +18,12 @@ from hypothesis.extra import numpy as hnp
 from flax_extra import combinator as cb
 from flax_extra.combinator._core.naming import get_name
 from flax_extra.combinator._core.stack import regroup
-from flax_extra.combinator._views.specs import find_dimension_names, parse_specs, substitute_sizes
+from flax_extra.combinator._views.specs import (
+    are_satisfied,
+    find_dimension_names,
+    parse_call,
+    substitute_sizes,
+)
 from flax_extra.testing import _errors
 from flax_extra.testing._annotations import (
     AnyNumberOf,
@@ -210,12 +217,13 @@ def inputs_for(
     f: Callable[..., Any],
     *,
     specs: Sequence[Any] | None = None,
+    context: Mapping[str, Any] | None = None,
     annotations: Mapping[str, Any] | None = None,
     sizes: Mapping[str, SizeOf] | None = None,
     dtypes: Mapping[str, Dtypes] | None = None,
     max_size: int = 5,
     shape: tuple[int, ...] = SHAPE,
-) -> st.SearchStrategy[tuple[Any, ...]]:
+) -> st.SearchStrategy[Any]:
     """Draws inputs that a callable can be called with.
 
     If specs are given, or ``f`` is a ``cb.typed``, the inputs are as specified. Else, if each
@@ -227,6 +235,8 @@ def inputs_for(
         f: a function, a linen module, a combinator or any other callable.
         specs: for each item that ``f`` takes, a spec such as ``"f32[b, t, 64]"``, an array or
             ``jax.ShapeDtypeStruct`` like it, or None for an absent one.
+        context: for context keywords a spec, such as ``{"mask": "bool[b, 1, t]"}``, or a value.
+            They share the names of dimensions with ``specs``, which must be given.
         annotations: annotations by parameter, which take precedence over those of ``f``.
         sizes: for names of axes a size, or a strategy of sizes.
         dtypes: for names of parameters a dtype, or several to draw from, if the annotation
@@ -235,7 +245,8 @@ def inputs_for(
         shape: the shape of items without a declaration.
 
     Returns:
-        A strategy of tuples: the positional arguments of a call.
+        A strategy of tuples: the positional arguments of a call. With ``context``, a strategy of
+        pairs: the positional arguments, and a dict of keywords.
 
     Raises:
         InvalidArgument: If the annotations do not have a name, a size is not an integer or a
@@ -254,9 +265,15 @@ def inputs_for(
     """
     options = Options(sizes or {}, dtypes or {}, max_size)
     if specs is None and isinstance(f, cb.Typed):
-        specs = cb.ShapeSignature.parse(f.declared).inputs
+        declared = cb.ShapeSignature.parse(f.declared)
+        specs = declared.inputs
+        context = {**declared.context, **context} if context is not None else None
+    if context is not None:
+        if specs is None:
+            raise _errors.context_without_specs(get_name(f))
+        return _draw_like(f, specs, options, context)
     if specs is not None:
-        return _draw_like(f, specs, options)
+        return _draw_like(f, specs, options, {}).map(operator.itemgetter(0))
     if isinstance(f, cb.Fn) or not isinstance(f, cb.Combinator):
         declaration = _drop_optional(read_declaration(f, annotations))
         if annotations or sizes or dtypes or _has_input_shapes(declaration):
@@ -278,23 +295,26 @@ def _has_input_shapes(declaration: Declaration) -> bool:
 
 
 def _draw_like(
-    f: Callable[..., Any], specs: Sequence[Any], options: Options
-) -> st.SearchStrategy[tuple[Any, ...]]:
+    f: Callable[..., Any], specs: Sequence[Any], options: Options, context: Mapping[str, Any]
+) -> st.SearchStrategy[tuple[tuple[Any, ...], dict[str, Any]]]:
     signature = cb.infer_signature(f)
     try:
-        items = parse_specs(specs)
+        call = parse_call(specs, context)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
-    if len(items) != signature.n_in:
-        raise _errors.wrong_number_of_specs(get_name(f), len(items), str(signature))
-    names = find_dimension_names(items)
+    if len(call.items) != signature.n_in:
+        raise _errors.wrong_number_of_specs(get_name(f), len(call.items), str(signature))
+    names = find_dimension_names([call.items, call.context])
     options.check_names(get_name(f), frozenset(names), frozenset())
     sizes = st.fixed_dictionaries({name: options.size_of(name) for name in names})
+    if call.constraints:
+        sizes = sizes.filter(functools.partial(are_satisfied, call.constraints))
 
-    def sized(sizes: Mapping[str, int]) -> st.SearchStrategy[tuple[Any, ...]]:
-        return _group_inputs(substitute_sizes(items, sizes), signature)
+    def draw_sized(sizes: Mapping[str, int]) -> st.SearchStrategy[Any]:
+        items, keywords = substitute_sizes((call.items, dict(call.context)), sizes)
+        return st.tuples(_group_inputs(items, signature), draw_arrays(keywords))
 
-    return sizes.flatmap(sized)
+    return sizes.flatmap(draw_sized)
 
 
 def _group_inputs(

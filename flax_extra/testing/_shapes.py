@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
+from hypothesis import strategies as st
 
+from flax_extra import combinator as cb
 from flax_extra.combinator._core.describe import describe_item, describe_stack
+from flax_extra.combinator._core.naming import get_name
+from flax_extra.combinator._core.stack import flatten
+from flax_extra.combinator._views.specs import are_satisfied, find_dimension_names, substitute_sizes
 from flax_extra.testing import _errors
 from flax_extra.testing._abstract import trace_call
 from flax_extra.testing._annotations import Declaration, has_shapes, matches, read_declaration
@@ -35,7 +41,8 @@ def check_shapes(
     axis, or an axis in the annotation of a field that holds an array.
 
     Args:
-        f: a linen module or a function, with jaxtyping annotations.
+        f: a linen module or a function with jaxtyping annotations, or a ``cb.typed``, whose
+            declaration is then checked.
         annotations: by parameter, or ``"return"``, the annotation to use in place of its own. A
             list or tuple of annotations declares a list or tuple. ``Annotated[int, "time-1"]``
             is a number computed from sizes. Any other value is passed as it is.
@@ -68,8 +75,13 @@ def check_shapes(
           inputs: f32[1, 1]
           sizes: batch=1, time=1
     """
-    declaration = read_declaration(f, annotations)
     options = Options(sizes or {}, dtypes or {}, max_size)
+    if isinstance(f, cb.Typed):
+        search(_draw_typed(f, options), functools.partial(_check_typed, f), max_examples)
+        return
+    if isinstance(f, cb.Combinator) and not isinstance(f, cb.Fn):
+        raise _errors.undeclared_pipeline(get_name(f))
+    declaration = read_declaration(f, annotations)
     options.check(declaration)
     if not has_shapes(declaration.output):
         raise _errors.no_declared_output(declaration.name, declaration.output.text)
@@ -82,6 +94,35 @@ def check_shapes(
             seen.add(key)
 
     search(draw_calls(declaration.drawable(), options), check, max_examples)
+
+
+def _draw_typed(f: cb.Typed, options: Options) -> st.SearchStrategy[dict[str, int]]:
+    """Draws sizes for the names of dimensions in a declaration."""
+    declared = cb.ShapeSignature.parse(f.declared)
+    names = find_dimension_names([declared.inputs, dict(declared.context)])
+    options.check_names(get_name(f), frozenset(names), frozenset())
+    sizes = st.fixed_dictionaries({name: options.size_of(name) for name in names})
+    return sizes.filter(functools.partial(are_satisfied, declared.constraints))
+
+
+def _check_typed(f: cb.Typed, sizes: dict[str, int]) -> None:
+    declared = cb.ShapeSignature.parse(f.declared)
+    inputs, context, outputs = substitute_sizes(
+        (declared.inputs, dict(declared.context), declared.outputs), sizes
+    )
+    try:
+        found = flatten(trace_call(f, *inputs, **context))
+    except Exception as error:
+        error.add_note(_errors.raised_on(get_name(f), describe_stack(inputs), sizes))
+        raise
+    if describe_stack(found) != describe_stack(outputs):
+        raise _errors.undeclared_output(
+            get_name(f),
+            describe_stack(outputs),
+            describe_stack(found),
+            describe_stack(inputs),
+            sizes,
+        )
 
 
 def _check_call(declaration: Declaration, call: Call) -> None:

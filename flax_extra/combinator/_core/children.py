@@ -20,7 +20,9 @@ from flax import linen as nn
 
 from flax_extra.combinator._core import errors
 from flax_extra.combinator._core.arrays import is_array
+from flax_extra.combinator._core.context import ContextKeyword
 from flax_extra.combinator._core.describe import describe_item, shorten
+from flax_extra.combinator._core.hints import is_nnx_module
 from flax_extra.combinator._core.inference import NOTHING_FIXED, CallSpec, infer_call_spec
 from flax_extra.combinator._core.naming import Named, get_name, is_combinator
 from flax_extra.combinator._core.signature import Signature
@@ -36,6 +38,8 @@ class Pipeline(Named, Protocol):
 
     @property
     def keywords(self) -> frozenset[str]: ...
+    @property
+    def _required_keywords(self) -> frozenset[str]: ...
     @property
     def _kind(self) -> str: ...
     @property
@@ -121,7 +125,12 @@ class Child:
     def __deepcopy__(self, memo: dict[int, Any]) -> Child:
         # Functions are not copied: a copy of one that jax wraps would not equal it.
         target = self.target if self.module is None else copy.deepcopy(self.target, memo)
-        return Child(target, self.call_spec, copy.deepcopy(self.fixed, memo))
+        fixed = copy.deepcopy(self.fixed, memo)
+        return dataclasses.replace(self, target=target, fixed=fixed)
+
+
+class Shortcut(Child):
+    """The child of a residual whose output is added to that of the body."""
 
 
 def _replace_module(f: Any, module: nn.Module | None) -> Callable[..., Any]:
@@ -155,12 +164,13 @@ class Children:
     ``serial(d, d)`` has one set of parameters, ``serial(d, copy_of_d)`` has two.
     """
 
-    __slots__ = ("_in_copies", "_named", "items")
+    __slots__ = ("_in_copies", "_named", "checked_context", "items")
 
     def __init__(self, items: Iterable[Child] = ()) -> None:
         self.items: tuple[Child, ...] = tuple(items)
         self._in_copies: frozenset[int] = frozenset().union(*map(_find_in_copies, self.items))
         self._named: dict[str, nn.Module] = {}
+        self.checked_context: set[str] = set()  # keywords whose doubts were told
         for child in self.items:
             self._add_names(_find_named(child))
         if self._in_copies:
@@ -177,6 +187,7 @@ class Children:
         both.items = self.items + other.items
         both._in_copies = self._in_copies | other._in_copies
         both._named = dict(self._named)
+        both.checked_context = set()
         both._add_names(other._named)
         is_apart = self._in_copies.isdisjoint(other._in_copies)
         if not is_apart or self._uses(other._in_copies) or other._uses(self._in_copies):
@@ -269,15 +280,64 @@ def make_child(argument: object, **declared: Any) -> Child:
         raise errors.not_callable(text, type(argument).__name__)
     if isinstance(argument, type) and issubclass(argument, nn.Module):
         raise errors.module_class(argument.__name__)
+    if is_nnx_module(argument):
+        raise errors.nnx_module(type(argument).__name__)
     fixed = declared.get("fixed", NOTHING_FIXED)
     if not is_pipeline(argument):
         return Child(argument, infer_call_spec(argument, **declared), fixed)
-    for name in fixed:
-        if name not in argument.keywords:
-            raise errors.unknown_fixed(argument._label, name, argument.keywords)
+    _check_fixed(argument, fixed)
     plain = infer_call_spec(argument, **{k: v for k, v in declared.items() if k != "fixed"})
-    keywords = argument.keywords.difference(fixed)
-    return Child(argument, dataclasses.replace(plain, keywords=keywords), fixed)
+    spec = dataclasses.replace(
+        plain,
+        optional=(argument.keywords - argument._required_keywords).difference(fixed),
+        required=argument._required_keywords.difference(fixed),
+    )
+    return Child(argument, spec.bind_context(fixed), fixed)
+
+
+def _check_fixed(pipeline: Pipeline, fixed: Mapping[str, Any]) -> None:
+    """Raises an error if a value cannot be bound for all parts of a pipeline that take it."""
+    for name in fixed:
+        inputs = [
+            get_name(leaf.target)
+            for _, leaf in walk_leaves(pipeline)
+            if name in leaf.call_spec.parameters
+        ]
+        if inputs:
+            raise errors.fixed_is_input(name, pipeline._label, list(dict.fromkeys(inputs)))
+        if name not in pipeline.keywords:
+            raise errors.unknown_fixed(pipeline._label, name, pipeline.keywords)
+
+
+def walk_leaves(
+    pipeline: Pipeline, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Child]]:
+    """Yields the children at any depth that are no combinators, with their paths."""
+    for index, child in enumerate(pipeline.children):
+        inner = (*path, pipeline._name_child(index)) if pipeline._is_visible else path
+        if child.pipeline is None:
+            yield (*inner, get_name(child.target)), child
+        else:
+            yield from walk_leaves(child.pipeline, inner)
+
+
+def find_takers(
+    pipeline: Pipeline, name: str, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Child]]:
+    """Yields the leaves that a context keyword reaches, with their paths."""
+    for index, child in enumerate(pipeline.children):
+        if name not in child.call_spec.keywords:
+            continue
+        inner = (*path, pipeline._name_child(index)) if pipeline._is_visible else path
+        if child.pipeline is None:
+            yield (*inner, get_name(child.target)), child
+            continue
+        # Fixed values of a combinator hide a keyword from its parts, or rename it for them.
+        names = [
+            k for k, v in child.fixed.items() if isinstance(v, ContextKeyword) and v.name == name
+        ]
+        for inner_name in names if name in child.fixed else [name, *names]:
+            yield from find_takers(child.pipeline, inner_name, inner)
 
 
 def flatten_arguments(argument: object) -> Iterator[object]:
@@ -301,9 +361,14 @@ def flatten_arguments(argument: object) -> Iterator[object]:
 def make_only_child(asked: str, f: Any) -> Children:
     """Makes the one child of a combinator that takes one."""
     children = Children.of(f)
+    check_only_child(asked, children)
+    return children
+
+
+def check_only_child(asked: str, children: Children) -> None:
+    """Raises an error if a combinator that takes one child has another number of them."""
     if len(children) != 1:
         raise errors.not_one_child(asked, len(children))
-    return children
 
 
 def _find_in_copies(child: Child) -> frozenset[int]:

@@ -35,6 +35,7 @@ from flax_extra.combinator._core.linen import static_property
 from flax_extra.combinator._core.run import Flow, Placeholder, Steps, run_pipeline
 from flax_extra.combinator._core.signature import Signature
 from flax_extra.combinator._core.stack import Stack
+from flax_extra.combinator._core.tracebacks import api_boundary
 
 C = TypeVar("C", bound="Combinator")
 
@@ -201,6 +202,11 @@ class Combinator(linen.Container):
         """
         return frozenset().union(*(child.call_spec.keywords for child in self.children))
 
+    @functools.cached_property
+    def _required_keywords(self) -> frozenset[str]:
+        """The context keywords that a call must give."""
+        return frozenset().union(*(child.call_spec.required for child in self.children))
+
     @static_property
     def _label(self) -> str:
         """Its name in paths and pictures: its own, or that of its kind."""
@@ -230,11 +236,12 @@ class Combinator(linen.Container):
     _is_built: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        given: object = self.children
-        if not isinstance(given, Children):
-            self.children = Children.of(given)
-        self._check()
-        object.__setattr__(self, "_is_built", True)
+        if not self._is_built:  # linen calls it again when the combinator gets a scope
+            given: object = self.children
+            if not isinstance(given, Children):
+                self.children = Children.of(given)
+            self._check()
+            object.__setattr__(self, "_is_built", True)
         parent: Any = self.parent
         if linen.is_unspecified_parent(parent):
             parent = linen.get_running_module()
@@ -300,7 +307,7 @@ class Combinator(linen.Container):
     @nn.nowrap
     def __getstate__(self) -> dict[str, Any]:
         # Properties that were computed from the fields are computed again after unpickling.
-        computed = ("_expansion", "signature", "keywords")
+        computed = ("_expansion", "signature", "keywords", "_required_keywords")
         return {name: value for name, value in vars(self).items() if name not in computed}
 
     @nn.nowrap
@@ -310,7 +317,8 @@ class Combinator(linen.Container):
         Args:
             inputs: the items of the stack, top first. The pipeline takes ``n_in`` of them; the
                 others pass through.
-            context: keywords for every descendant that takes them as an optional parameter.
+            context: keywords for every descendant that takes a parameter of that name which is no
+                input.
 
         Returns:
             The items left on the stack: ``()`` for none, the item itself for one, else a tuple.
@@ -318,14 +326,15 @@ class Combinator(linen.Container):
         Raises:
             SignatureError: If inputs are missing, or a child gives another number of items than it
                 declares.
-            TypeError: If no descendant takes a context keyword.
+            TypeError: If no descendant takes a context keyword, or one that a descendant needs is
+                missing.
         """
         if self._host is not None:
             if self._bound is None:  # not before it is called: it may be for another scope
                 self._bind()
         elif self.scope is not None:
             return self._call_bound(*inputs, **context)
-        return run_pipeline(self, self._bound or UNBOUND, inputs, context)
+        return _run_unbound(self, self._bound or UNBOUND, inputs, context)
 
     def _call_bound(self, *inputs: Any, **context: Any) -> Any:
         return run_pipeline(self, self._bound or UNBOUND, inputs, context)
@@ -407,6 +416,12 @@ class Combinator(linen.Container):
 
     @nn.nowrap
     def __rshift__(self, other: Any) -> Combinator:
+        """Puts two callables in series: ``f >> g`` is ``serial(f, g)``.
+
+        One side must be a combinator: Python asks the operands what ``>>`` means, and a linen
+        module does not know. ``a >> b >> c`` is ``(a >> b) >> c``, so ``a`` or ``b`` must be one.
+        Wrap a layer with :func:`fn` or :func:`serial` to start: ``cb.serial(nn.Dense(4)) >> ...``.
+        """
         return OPERATORS[">>"](self, other)
 
     @nn.nowrap
@@ -415,6 +430,7 @@ class Combinator(linen.Container):
 
     @nn.nowrap
     def __matmul__(self, other: Any) -> Combinator:
+        """Puts two callables side by side: ``f @ g`` is ``parallel(f, g)``. See ``>>``."""
         return OPERATORS["@"](self, other)
 
     @nn.nowrap
@@ -423,6 +439,7 @@ class Combinator(linen.Container):
 
     @nn.nowrap
     def __and__(self, other: Any) -> Combinator:
+        """Runs two callables on the same items: ``f & g`` is ``branch(f, g)``. See ``>>``."""
         return OPERATORS["&"](self, other)
 
     @nn.nowrap
@@ -442,6 +459,9 @@ class Combinator(linen.Container):
     @nn.nowrap
     def __str__(self) -> str:
         return format_expression(self)
+
+
+_run_unbound = api_boundary(run_pipeline)
 
 
 def join_operands(kind: type[C], left: Any, right: Any) -> C:

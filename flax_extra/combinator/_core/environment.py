@@ -50,11 +50,12 @@ Path: TypeAlias = tuple[str | Callable[[], str], ...]
 
 
 class CallSite(NamedTuple):
-    """Where in the enclosing pipelines a callable runs, and the hook on its steps."""
+    """Where a callable runs: the path to it, the hook on its steps, and the outermost pipeline."""
 
     path: Path = ()
     position: tuple[int, ...] = ()
     hook: StepHook | None = None
+    root: Pipeline | None = None
 
 
 call_site: contextvars.ContextVar[CallSite] = contextvars.ContextVar(
@@ -82,6 +83,7 @@ class Environment(NamedTuple):
         n_in: how many inputs the pipeline takes, for errors.
         n_given: how many it was called with.
         hook: the hook on each step, if there is one.
+        root: the outermost pipeline, in which the keywords were given.
         path: the segments from the outermost pipeline to here.
         position: the indices of children that lead here.
         derived: the derived combinator whose expansion is being run, if one is. Steps of an
@@ -94,6 +96,7 @@ class Environment(NamedTuple):
     n_in: int
     n_given: int
     hook: StepHook | None
+    root: Pipeline
     path: Path
     position: tuple[int, ...]
     derived: Pipeline | None = None
@@ -105,7 +108,7 @@ class Environment(NamedTuple):
         if owner._is_visible:
             segment = functools.partial(owner._name_child, index)
             path = (*path, segment if self.hook is None else segment())
-        return Environment(*self[:5], path, (*self.position, index))
+        return Environment(*self[:6], path, (*self.position, index))
 
     def get_path(self, child: Child) -> Path:
         """Returns the path to a child that is called here."""

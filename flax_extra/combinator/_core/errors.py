@@ -174,10 +174,55 @@ def never_returns(f: str) -> SignatureError:
     )
 
 
-def required_keyword(f: str, name: str) -> SignatureError:
+def not_a_keyword(name: str) -> TypeError:
+    return TypeError(f"context takes the name of a keyword, such as 'padding_mask'; got {name}.")
+
+
+def nnx_module(kind: str) -> TypeError:
+    return TypeError(
+        f"A pipeline is made of linen modules and functions; {kind} is an NNX module, which holds "
+        f"its own parameters: they would become constants of the program. Wrap it: "
+        f"nnx.bridge.to_linen({kind}, ...)."
+    )
+
+
+def fixed_is_input(name: str, label: str, parts: Sequence[str]) -> SignatureError:
     return SignatureError(
-        f"{f} requires the keyword-only argument {name!r}, which no stack can give. Bind it: "
-        f"cb.fn(f, {name}=...)."
+        f"cb.fn binds {name!r} for all parts of {label}, but {_choice_and(parts)} "
+        f"{'takes' if len(parts) == 1 else 'take'} it off the stack. Bind it there: "
+        f"cb.fn(layer, {name}=...)."
+    )
+
+
+def missing_context(label: str, needed: Mapping[str, Sequence[str]]) -> TypeError:
+    listed = "; ".join(f"{name!r} ({', '.join(paths)})" for name, paths in needed.items())
+    return TypeError(
+        f"{label} was called without context that its layers need: {listed}. Pass it by keyword, "
+        f"as in pipeline(x, {next(iter(needed))}=...), or bind it: "
+        f"cb.fn(layer, {next(iter(needed))}=...)."
+    )
+
+
+def keyword_shared_with_norm(name: str, norm: str, others: Sequence[str]) -> str:
+    return (
+        f"The keyword {name!r} goes to {_choice_and([norm, *others])}, and may mean different "
+        f"things to them. Bind it where it is meant: cb.fn(layer, "
+        f"{name}=cb.context('another_name')), or keep it away: cb.fn({norm}(...), {name}=None)."
+    )
+
+
+def keyword_not_passed(name: str, layer: str) -> str:
+    return (
+        f"{layer} accepts any keyword (**kwargs), so the context keyword {name!r} does not reach "
+        f"it. Pass it on: cb.fn({layer}(...), {name}=cb.context({name!r}, default=None)), or bind "
+        f"a value."
+    )
+
+
+def keyword_went_to(name: str, others: Sequence[str]) -> str:
+    return (
+        f"The keyword {name!r} also went to {_choice_and(others)}. If it means something else "
+        f"there, keep it away: cb.fn({others[0]}(...), {name}=None)."
     )
 
 
@@ -304,6 +349,20 @@ def index_out_of_range(label: str, index: int, length: int) -> IndexError:
     )
 
 
+def would_lose(f: str, declared: str) -> TypeError:
+    return TypeError(
+        f"The child of fn({f}, {declared}) is {f} alone, without {declared}. Use the fn as a whole "
+        f"to build another pipeline."
+    )
+
+
+def slice_of_copies(label: str, n: int, index: str) -> TypeError:
+    return TypeError(
+        f"{label}[{index}] would be a slice of the body, which is one callable; its {n} copies are "
+        f"no children. For some of the copies: pipeline.copies[{index}]."
+    )
+
+
 def shared_across_copies(module: str, copies: str) -> SharingError:
     return SharingError(
         f"One instance of {module} is used both inside and outside of {copies}, whose copies have "
@@ -323,7 +382,14 @@ def too_few_inputs(
     stack: str,
     n_in: int,
     given: int,
+    flags: Sequence[str],
 ) -> SignatureError:
+    is_mode = (
+        f"\n  Its parameter {flags[0]!r} is annotated bool, and is an input as it stands. If it is "
+        f"a mode, make it context: cb.fn(layer, {flags[0]}=cb.context({flags[0]!r}))."
+        if flags
+        else ""
+    )
     return SignatureError(
         f"{_path(path)} takes {_count(takes, 'item')} off the stack, and "
         f"{_is_there(found)}.\n"
@@ -332,7 +398,7 @@ def too_few_inputs(
         f"  The pipeline takes {_count(n_in, 'input')} and was called with {given}. Give it the "
         f"missing {'input' if n_in - given == 1 else 'inputs'}, copy an item with cb.dup() or "
         f"cb.select() before this step, or bind a parameter that is no input: "
-        f"cb.fn(f, name=value)."
+        f"cb.fn(f, name=value).{is_mode}"
     )
 
 
@@ -360,6 +426,41 @@ def changed_carry(
     )
 
 
+def no_steps(path: Sequence[str], stack: str) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} runs over the steps of its sequences, and they hold no array.\n"
+        f"  stack: {stack}\n"
+        f"  Give the cell a sequence: an array with a time axis."
+    )
+
+
+def unequal_lengths(
+    path: Sequence[str], axis: int, lengths: Sequence[int], stack: str
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} runs over axis {axis} of its sequences, whose lengths differ: "
+        f"{', '.join(map(str, lengths))}.\n"
+        f"  stack: {stack}\n"
+        f"  Pad the sequences to one length, or choose another axis: cb.scan(cell, axis=...)."
+    )
+
+
+def other_copies(label: str, n: int, name: str, found: str) -> ValueError:
+    return ValueError(
+        f"{label} runs {_count(n, 'copy', 'copies')}, each with variables of its own on a leading "
+        f"axis of size {n}; {name} is {found}. The variables are those of another number of "
+        f"copies: initialise again, or convert them with cb.transfer."
+    )
+
+
+def mixed_collection(label: str, collection: str, appended: str, other: str) -> ValueError:
+    return ValueError(
+        f"In {label}, each step or copy appends to {appended!r} in the collection {collection!r}, "
+        f"and replaces {other!r} there. A loop stacks the one and carries the other, and treats a "
+        f"collection as a whole. Use two collections."
+    )
+
+
 def no_time_axis(
     path: Sequence[str], role: str, item: str, axis: int, stack: str
 ) -> SignatureError:
@@ -372,8 +473,8 @@ def no_time_axis(
 
 def unknown_context(label: str, unknown: Iterable[str], taken: Iterable[str]) -> TypeError:
     return TypeError(
-        f"{label} was called with {_listing(unknown)}, which none of its parts takes as an "
-        f"optional keyword. They take: {_listing(taken)}."
+        f"{label} was called with {_listing(unknown)}, which none of its parts takes as a keyword. "
+        f"They take: {_listing(taken)}."
     )
 
 
@@ -382,8 +483,16 @@ def write_note(path: Sequence[str], signature: str, stack: str, advice: str) -> 
     return f"{facts}\n  {advice}" if advice else facts
 
 
-def advise_on(error: Exception) -> str:
-    """Advises on an error that linen raises in layers. Empty for other errors."""
+def advise_on(error: Exception, is_bound: bool) -> str:
+    """Advises on an error that linen raises in layers. Empty for other errors.
+
+    ``is_bound`` says whether the pipeline that runs has variables.
+    """
+    if is_bound and type(error).__name__ == "CallCompactUnboundModuleError":
+        return (
+            "The function calls a layer that is no step of the pipeline, so it has no variables. "
+            "Make the layer a step: cb.serial(layer, function)."
+        )
     if str(error).startswith('Parameter "deterministic" must be passed'):
         return "Say at the call which it is: apply(variables, ..., deterministic=True)."
     return _ADVICE.get(type(error).__name__, "")
@@ -394,7 +503,9 @@ _ADVICE = {
     "the layer off, as with deterministic=True.",
     "ScopeParamShapeError": "The variables were made for other inputs, or for another pipeline: "
     "give it the inputs that they were made for, or initialise again.",
-    "ScopeParamNotFoundError": "The variables were made for another pipeline: initialise again.",
+    "ScopeParamNotFoundError": "The variables hold no such parameter: they were made for another "
+    "pipeline. A part of a trained pipeline has its own: part, variables = "
+    "pipeline.bind(variables)[1:].unbind().",
     "CallCompactUnboundModuleError": "A pipeline with layers is called with variables: "
     "pipeline.apply(variables, ...), where variables = pipeline.init(key, ...).",
 }
@@ -440,6 +551,13 @@ def unknown_dtype(text: str, dtype: str, known: Iterable[str]) -> ValueError:
     return ValueError(
         f"{text!r} is not a spec: {dtype!r} is no type of numbers. Jaxprs name these: "
         f"{', '.join(sorted(known))}."
+    )
+
+
+def bad_constraints(text: str, why: str) -> ValueError:
+    return ValueError(
+        f"{text!r} does not constrain dimensions: {why}. Write conditions such as 't <= 64' or "
+        f"'mod(t, 8) == 0', joined by 'and'."
     )
 
 
@@ -493,6 +611,10 @@ def _path(path: Sequence[str]) -> str:
 
 def _listing(names: Iterable[str]) -> str:
     return ", ".join(sorted(map(repr, names))) or "none"
+
+
+def _choice_and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _choice(names: Sequence[str]) -> str:

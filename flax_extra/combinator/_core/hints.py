@@ -58,6 +58,19 @@ def read_nesting(annotation: Any, scope: AnnotationScope, depth: int = 0) -> Nes
     return tuple(nested)
 
 
+def read_optional_nesting(annotation: Any, scope: AnnotationScope) -> Nesting | NoNesting:
+    """Reads the nesting of an optional parameter that becomes an input: ``None`` is not counted.
+
+    >>> read_optional_nesting(tuple[int, str] | None, AnnotationScope(abs))
+    ((), ())
+    """
+    annotation = scope.resolve(annotation)
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return read_nesting(annotation, scope)
+    others = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    return read_nesting(others[0], scope) if len(others) == 1 else ()
+
+
 _TUPLE_ALIAS: Any = typing.Tuple  # noqa: UP006  # people write the bare alias
 _MAX_DEPTH = 32  # a recursive alias has no last level
 
@@ -169,6 +182,9 @@ def find_function(f: Any) -> Any:
     """Finds the function whose parameters and annotations a callable has."""
     while isinstance(f, functools.partial):
         f = f.func
+    wrapped_class = find_nnx_class(f)
+    if wrapped_class is not None:
+        return find_function(wrapped_class.__call__)
     if not isinstance(f, type | types.FunctionType | types.MethodType | types.BuiltinFunctionType):
         wrapped = None if isinstance(f, nn.Module) else get_attribute(f, "__wrapped__")
         f = wrapped if callable(wrapped) else type(f).__call__
@@ -179,7 +195,7 @@ def find_function(f: Any) -> Any:
 def get_python_signature(f: Callable[..., Any]) -> inspect.Signature | None:
     """Returns the Python signature of a callable, or None if it has none."""
     if isinstance(f, nn.Module):
-        signature = get_python_signature(type(f).__call__)
+        signature = get_python_signature((find_nnx_class(f) or type(f)).__call__)
         if signature is None:
             return None
         return signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -191,6 +207,21 @@ def get_python_signature(f: Callable[..., Any]) -> inspect.Signature | None:
         return inspect.signature(f)
     except Exception:  # builtins have none, and an arbitrary object may raise anything
         return None
+
+
+def find_nnx_class(f: object) -> Any:
+    """Returns the NNX class that ``nnx.bridge.to_linen`` wraps, or None for other callables."""
+    bridge = sys.modules.get("flax.nnx.bridge")  # if it was not imported, nothing is wrapped
+    if bridge is None or not isinstance(f, bridge.ToLinen):
+        return None
+    wrapped = object.__getattribute__(f, "nnx_class")
+    return wrapped if isinstance(wrapped, type) else None
+
+
+def is_nnx_module(f: object) -> bool:
+    """Whether an object is a module of NNX, which holds its own parameters."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(f, nnx.Module)
 
 
 def get_attribute(f: object, name: str) -> Any:

@@ -16,9 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import typing_extensions
+from flax import linen as nn
 
 from flax_extra.combinator._core import errors
+from flax_extra.combinator._core.cells import read_cell
 from flax_extra.combinator._core.checks import check_item_count
+from flax_extra.combinator._core.context import list_context
 from flax_extra.combinator._core.describe import shorten
 from flax_extra.combinator._core.hints import (
     EMPTY,
@@ -28,11 +31,13 @@ from flax_extra.combinator._core.hints import (
     get_attribute,
     get_python_signature,
     read_nesting,
+    read_optional_nesting,
 )
 from flax_extra.combinator._core.naming import get_name, is_combinator
 from flax_extra.combinator._core.signature import Nesting, Signature, count_items
 
 NOTHING_FIXED: Mapping[str, Any] = {}
+NO_KEYWORDS: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +46,50 @@ class CallSpec:
 
     Args:
         signature: how many items it takes and gives.
-        keywords: the optional keywords that it takes, which context may fill.
+        optional: the context keywords that it takes and does not need.
+        required: the context keywords that a call must give.
         names: for each argument, the keyword that passes it, or None to pass it by position.
+        parameters: for each argument, the name of the parameter, if it has one.
+        flags: the names of the parameters that take an item and are annotated ``bool``.
+        takes_any: whether it accepts any keyword (``**kwargs``).
+        renamed: the context keywords that reach a parameter of another name alone.
     """
 
     signature: Signature
-    keywords: frozenset[str]
-    names: tuple[str | None, ...]
+    optional: frozenset[str] = NO_KEYWORDS
+    required: frozenset[str] = NO_KEYWORDS
+    names: tuple[str | None, ...] = ()
+    parameters: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    takes_any: bool = False
+    renamed: frozenset[str] = NO_KEYWORDS
+
+    @functools.cached_property
+    def keywords(self) -> frozenset[str]:
+        """The context keywords that it takes."""
+        return self.optional | self.required
+
+    @functools.cached_property
+    def bare(self) -> frozenset[str]:
+        """The context keywords that it takes under the names of its own parameters."""
+        return self.keywords - self.renamed
 
     @functools.cached_property
     def is_plain(self) -> bool:
         """Whether each item is one argument, passed by position."""
         return not any(self.names) and not any(self.signature.in_shape)
+
+    def bind_context(self, fixed: Mapping[str, Any]) -> CallSpec:
+        """Returns the spec with the context keywords among the fixed values."""
+        bound = list_context(fixed)
+        if not bound:
+            return self
+        return dataclasses.replace(
+            self,
+            renamed=frozenset(k.name for k in bound) - self.keywords,
+            optional=self.optional.union(k.name for k in bound if not k.is_required),
+            required=self.required.union(k.name for k in bound if k.is_required),
+        )
 
 
 def infer_signature(f: Callable[..., Any]) -> Signature:
@@ -63,7 +100,7 @@ def infer_signature(f: Callable[..., Any]) -> Signature:
     its type hints. In a Python signature, the inputs are the positional parameters without a
     default; a parameter annotated ``tuple[A, B]`` is several items, regrouped before the call. The
     outputs are one item, or as many as a ``tuple[...]`` return annotation has, or none if the
-    return annotation is ``None``.
+    return annotation is ``None``. A keyword-only parameter is context, not an input.
 
     Args:
         f: a function, a linen module, a combinator or any other callable.
@@ -109,7 +146,7 @@ def infer_call_spec(
     if parameters is None:
         if n_in is None or n_out is None:
             raise errors.no_python_signature(get_name(f))
-        return CallSpec(Signature(n_in, n_out), frozenset(), (None,) * n_in)
+        return CallSpec(Signature(n_in, n_out), names=(None,) * n_in)
     return _read_python_signature(f, parameters, n_in, n_out, fixed)
 
 
@@ -137,19 +174,25 @@ def _use_declared(
     for name, asked, known in (("n_in", n_in, declared.n_in), ("n_out", n_out, declared.n_out)):
         if asked is not None and asked != known:
             raise errors.contradicted(get_name(f), name, asked, known)
-    keywords: frozenset[str] = frozenset()
-    if _get_declared_signature(f) is not None:
-        parameters = _get_parameters(f) or {}
-        keywords = frozenset(
-            name
-            for name, parameter in parameters.items()
-            if _takes_keyword(parameter) and parameter.default is not parameter.empty
+    optional = required = NO_KEYWORDS
+    takes_any = False
+    if not is_combinator(f) and _get_declared_signature(f) is not None:
+        parameters = (_get_parameters(f) or {}).values()
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        optional = frozenset(p.name for p in parameters if _takes_keyword(p) and _has_default(p))
+        required = frozenset(
+            p.name for p in parameters if p.kind is p.KEYWORD_ONLY and not _has_default(p)
         )
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            for name in fixed:
-                if name not in keywords:
-                    raise errors.unknown_fixed(get_name(f), name, keywords)
-    return CallSpec(declared, keywords.difference(fixed), (None,) * len(declared.in_shape))
+        for name in fixed:
+            if name not in optional | required and not takes_any:
+                raise errors.unknown_fixed(get_name(f), name, optional | required)
+    return CallSpec(
+        declared,
+        optional.difference(fixed),
+        required.difference(fixed),
+        (None,) * len(declared.in_shape),
+        takes_any=takes_any,
+    ).bind_context(fixed)
 
 
 def _read_python_signature(
@@ -160,35 +203,27 @@ def _read_python_signature(
     fixed: Mapping[str, Any],
 ) -> CallSpec:
     _check_fixed(f, parameters, fixed)
-    positional = [p for p in parameters.values() if p.kind in _POSITIONAL and p.name not in fixed]
-    variadic = [p for p in parameters.values() if p.kind is p.VAR_POSITIONAL]
-    for parameter in parameters.values():
-        if (
-            parameter.kind is parameter.KEYWORD_ONLY
-            and parameter.default is parameter.empty
-            and parameter.name not in fixed
-        ):
-            raise errors.required_keyword(get_name(f), parameter.name)
     scope = AnnotationScope(f)
     if n_in is None:
-        inputs = [p for p in positional if p.default is p.empty]
-        if variadic:
-            raise errors.variable_positional(get_name(f), variadic[0].name)
-        in_shape = tuple(_read_input_nesting(f, p, scope) for p in inputs)
+        inputs, in_shape = _find_inputs(f, parameters, fixed, scope)
     else:
-        inputs, in_shape = _assign_items(f, positional, variadic, n_in, scope)
+        inputs, in_shape = _assign_items(f, parameters, fixed, n_in, scope)
     signature = Signature(
         n_in=sum(map(count_items, in_shape)),
         n_out=_count_outputs(f, scope) if n_out is None else n_out,
         in_shape=in_shape,
     )
     taken = {p.name for p in inputs} | fixed.keys()
-    keywords = frozenset(
-        p.name
-        for p in parameters.values()
-        if _takes_keyword(p) and p.default is not p.empty and p.name not in taken
-    )
-    return CallSpec(signature, keywords, _choose_names(f, parameters, inputs, in_shape, fixed))
+    context = [p for p in parameters.values() if _takes_keyword(p) and p.name not in taken]
+    return CallSpec(
+        signature,
+        frozenset(p.name for p in context if _has_default(p)),
+        frozenset(p.name for p in context if not _has_default(p) and p.kind is p.KEYWORD_ONLY),
+        _choose_names(f, parameters, inputs, in_shape, fixed),
+        parameters=tuple(p.name for p in inputs),
+        flags=tuple(p.name for p in inputs if scope.resolve(p.annotation) is bool),
+        takes_any=any(p.kind is p.VAR_KEYWORD for p in parameters.values()),
+    ).bind_context(fixed)
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -197,6 +232,10 @@ _KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 def _takes_keyword(parameter: inspect.Parameter) -> bool:
     return parameter.kind in _KEYWORD
+
+
+def _has_default(parameter: inspect.Parameter) -> bool:
+    return parameter.default is not parameter.empty
 
 
 def _check_fixed(
@@ -211,6 +250,29 @@ def _check_fixed(
             raise errors.unknown_fixed(get_name(f), name, by_keyword)
 
 
+def _find_inputs(
+    f: Callable[..., Any],
+    parameters: Mapping[str, inspect.Parameter],
+    fixed: Mapping[str, Any],
+    scope: AnnotationScope,
+) -> tuple[list[inspect.Parameter], Nesting]:
+    """Finds the parameters that take items, if the user does not say how many there are."""
+    for parameter in parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise errors.variable_positional(get_name(f), parameter.name)
+    inputs = [
+        p
+        for p in parameters.values()
+        if p.kind in _POSITIONAL and p.name not in fixed and not _has_default(p)
+    ]
+    cell = read_cell(f) if isinstance(f, nn.RNNCellBase) else None
+    if cell is not None and len(inputs) == len(cell.in_shape):
+        is_annotated = any(p.annotation is not p.empty for p in inputs)
+        if not is_annotated:
+            return inputs, cell.in_shape
+    return inputs, tuple(_read_input_nesting(f, p, scope) for p in inputs)
+
+
 def _choose_names(
     f: Callable[..., Any],
     parameters: Mapping[str, inspect.Parameter],
@@ -221,11 +283,10 @@ def _choose_names(
     """Passes by position up to the first parameter that is bound or skipped, by keyword after."""
     order = [p for p in parameters.values() if p.kind in _POSITIONAL]
     names: list[str | None] = []
-    for parameter, expected in zip(inputs, order, strict=False):
-        if not names or names[-1] is None:
-            names.append(None if parameter is expected else parameter.name)
-        else:
-            names.append(parameter.name)
+    for index, parameter in enumerate(inputs):
+        expected = order[index] if index < len(order) else None
+        is_next = parameter is expected and (not names or names[-1] is None)
+        names.append(None if is_next else parameter.name)
         if names[-1] is not None and not _takes_keyword(parameter):
             raise errors.unbindable(get_name(f), next(p.name for p in order if p.name in fixed))
     return (*names, *(None,) * (len(in_shape) - len(names)))
@@ -233,17 +294,31 @@ def _choose_names(
 
 def _assign_items(
     f: Callable[..., Any],
-    positional: Sequence[inspect.Parameter],
-    variadic: Sequence[inspect.Parameter],
+    parameters: Mapping[str, inspect.Parameter],
+    fixed: Mapping[str, Any],
     n_in: int,
     scope: AnnotationScope,
 ) -> tuple[list[inspect.Parameter], Nesting]:
-    """Assigns ``n_in`` items to the parameters in order; a variadic one takes the rest."""
-    shapes = [read_nesting(p.annotation, scope) for p in positional]
-    required = sum(p.default is p.empty for p in positional)
-    least = sum(count_items(s) for s in shapes[:required] if isinstance(s, tuple))
-    of_any_length = [i for i, s in enumerate(shapes[:required]) if not isinstance(s, tuple)]
-    most = None if variadic or of_any_length else sum(map(_count_or_one, shapes))
+    """Assigns ``n_in`` items to the parameters in order, keyword-only ones after the others.
+
+    A variadic parameter takes the rest.
+    """
+    free = [p for p in parameters.values() if p.name not in fixed]
+    is_variadic = any(p.kind is p.VAR_POSITIONAL for p in free)
+    positional = [p for p in free if p.kind in _POSITIONAL]
+    # Items for *args come before keyword-only parameters, and take all that is left.
+    by_keyword = [] if is_variadic else [p for p in free if p.kind is p.KEYWORD_ONLY]
+    candidates = [*positional, *by_keyword]
+    n_required = sum(not _has_default(p) for p in positional)
+    shapes = [
+        read_nesting(p.annotation, scope)
+        if index < n_required
+        else read_optional_nesting(p.annotation, scope)
+        for index, p in enumerate(candidates)
+    ]
+    least = sum(count_items(s) for s in shapes[:n_required] if isinstance(s, tuple))
+    of_any_length = [i for i, s in enumerate(shapes[:n_required]) if not isinstance(s, tuple)]
+    most = None if is_variadic or of_any_length else sum(map(_count_or_one, shapes))
     if n_in < least + len(of_any_length) or len(of_any_length) > 1:
         raise errors.wrong_n_in(get_name(f), n_in, least + len(of_any_length), most)
     if of_any_length:
@@ -251,8 +326,8 @@ def _assign_items(
     inputs: list[inspect.Parameter] = []
     in_shape: list[Nesting] = []
     left = n_in
-    for parameter, shape in zip(positional, shapes, strict=True):
-        if left == 0 and len(inputs) >= required:
+    for parameter, shape in zip(candidates, shapes, strict=True):
+        if left == 0 and len(inputs) >= n_required:
             break
         size = _count_or_one(shape)
         if size > left:
@@ -260,7 +335,7 @@ def _assign_items(
         inputs.append(parameter)
         in_shape.append(shape if isinstance(shape, tuple) else ())
         left -= size
-    if left and not variadic:
+    if left and not is_variadic:
         raise errors.wrong_n_in(get_name(f), n_in, least, most)
     return inputs, (*in_shape, *((),) * left)
 
@@ -286,6 +361,10 @@ def _count_outputs(f: Callable[..., Any], scope: AnnotationScope) -> int:
         return 1  # calling a class gives one instance, whatever __init__ is annotated with
     signature = get_python_signature(f)
     annotation = inspect.Signature.empty if signature is None else signature.return_annotation
+    if annotation is inspect.Signature.empty and isinstance(f, nn.RNNCellBase):
+        cell = read_cell(f)
+        if cell is not None:
+            return cell.n_out
     resolved = scope.resolve(annotation)
     if resolved is None or resolved is types.NoneType:
         return 0

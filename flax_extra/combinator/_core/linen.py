@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 from flax import linen as nn
 from flax.core import scope as flax_scope
 from flax.linen import module as linen_module
+from flax.traverse_util import flatten_dict
 
 CollectionFilter: TypeAlias = flax_scope.CollectionFilter
 DenyList = flax_scope.DenyList
@@ -240,10 +241,33 @@ def get_mutable_collections(module: nn.Module) -> CollectionFilter:
     return False if module.scope is None else module.scope.mutable
 
 
-def clear_collection(module: nn.Module, collection: str) -> None:
-    """Removes all variables of a module, and of those in it, from a collection."""
+def list_mutable(module: nn.Module) -> list[str]:
+    """Lists the collections that hold variables of a module, and that it may change."""
+    return [c for c in module.variables if module.is_mutable_collection(c)]
+
+
+def read_collection(module: nn.Module, collection: str) -> dict[tuple[str, ...], Any]:
+    """Returns the variables of a module, and of those in it, by their paths."""
+    flat: dict[tuple[str, ...], Any] = flatten_dict(module.variables[collection])  # type: ignore[no-untyped-call]
+    return flat
+
+
+def write_variable(module: nn.Module, collection: str, path: tuple[str, ...], value: Any) -> None:
+    """Writes a variable of a module, or of one in it. Scopes keep their dictionaries."""
     if module.scope is not None:
-        module.scope._mutable_collection(collection).clear()
+        variables: Any = module.scope._mutable_collection(collection)
+        for name in path[:-1]:
+            variables = variables.setdefault(name, {})
+        variables[path[-1]] = value
+
+
+def remove_variable(module: nn.Module, collection: str, path: tuple[str, ...]) -> None:
+    """Removes a variable of a module, or of one in it. Scopes keep their dictionaries."""
+    if module.scope is not None:
+        variables: Any = module.scope._mutable_collection(collection)
+        for name in path[:-1]:
+            variables = variables[name]
+        del variables[path[-1]]
 
 
 def make_hashable(collections: CollectionFilter) -> CollectionFilter:

@@ -17,9 +17,11 @@ from typing import Any, TypeAlias
 from flax import linen as nn
 
 from flax_extra.combinator._core import errors
-from flax_extra.combinator._core.binding import Binding
-from flax_extra.combinator._core.children import Child, Pipeline
+from flax_extra.combinator._core.binding import UNBOUND, Binding
+from flax_extra.combinator._core.children import Child, Pipeline, find_takers
+from flax_extra.combinator._core.context import resolve_fixed
 from flax_extra.combinator._core.describe import describe_stack
+from flax_extra.combinator._core.doubts import warn_of_context
 from flax_extra.combinator._core.environment import (
     CallSite,
     Environment,
@@ -94,18 +96,17 @@ def run_pipeline(
     pipeline: Pipeline, binding: Binding, inputs: Stack, context: Mapping[str, Any]
 ) -> Any:
     """Calls a pipeline. The inputs are the stack; it returns what is left of it at the end."""
-    unknown = context.keys() - pipeline.keywords
-    if unknown:
-        raise errors.unknown_context(pipeline._label, unknown, pipeline.keywords)
+    site = call_site.get()
+    check_context(pipeline, context, is_outermost=site.root is None)
     stack = flatten(inputs)
     signature = pipeline.signature
-    site = call_site.get()
     env = Environment(
         binding=binding,
         context=context,
         n_in=signature.n_in,
         n_given=len(stack),
         hook=site.hook,
+        root=site.root or pipeline,
         path=site.path,
         position=site.position,
     )
@@ -113,6 +114,24 @@ def run_pipeline(
     if env.n_given < env.n_in:  # no step took what is missing: it was moved, or dropped
         raise _too_few_inputs(env, (*env.path, pipeline._label), signature, stack)
     return unwrap_stack(result)
+
+
+def check_context(
+    pipeline: Pipeline, context: Mapping[str, Any], is_outermost: bool = True
+) -> None:
+    """Raises an error for keywords that are unknown or missing, and warns of doubtful ones."""
+    unknown = context.keys() - pipeline.keywords
+    if unknown:
+        raise errors.unknown_context(pipeline._label, unknown, pipeline.keywords)
+    missing = pipeline._required_keywords - context.keys()
+    if missing:
+        paths = {
+            name: [" -> ".join(path) for path, _ in find_takers(pipeline, name)]
+            for name in sorted(missing)
+        }
+        raise errors.missing_context(pipeline._label, paths)
+    if is_outermost and context:
+        warn_of_context(pipeline, context)
 
 
 def _evaluate(pipeline: Pipeline, stack: Stack, env: Environment) -> Stack:
@@ -208,7 +227,7 @@ def _fix_keywords(child: Child, env: Environment) -> Environment:
     """Returns the environment with the keywords that are fixed for a child."""
     if not child.fixed:
         return env
-    return env._replace(context={**env.context, **child.fixed})
+    return env._replace(context={**env.context, **resolve_fixed(child.fixed, env.context)})
 
 
 def _call(child: Child, stack: Stack, env: Environment) -> Stack:
@@ -216,21 +235,20 @@ def _call(child: Child, stack: Stack, env: Environment) -> Stack:
     items, rest = take(stack, signature.n_in)
     path = env.get_path(child)
     if has_missing(items):
-        raise _too_few_inputs(env, path, signature, stack)
+        raise _too_few_inputs(env, path, signature, stack, child.call_spec.flags)
     f = child.target
     if child.module is not None:
         f = child.bind(env.binding.find(child.module))
     if child.pipeline is not None:  # it puts its own label on the path, at its first step
-        site = CallSite(path[:-1], env.position, env.hook)
+        site = CallSite(path[:-1], env.position, env.hook, env.root)
     else:
-        site = CallSite(path)
+        site = CallSite(path, root=env.root)
     positional, keywords = _choose_arguments(child, items, env.context)
     token = call_site.set(site)
     try:
         returned = f(*positional, **keywords)
     except Exception as error:
-        advice = "" if env.derived is None else env.derived._advice
-        _annotate(error, path, signature, stack, advice)
+        _annotate(error, child, env, stack, keywords)
         raise
     finally:
         call_site.reset(token)
@@ -252,8 +270,8 @@ def _choose_arguments(
 ) -> tuple[Stack, Mapping[str, Any]]:
     """Returns the arguments of a call, by position and by keyword."""
     spec = child.call_spec
-    keywords = {k: v for k, v in context.items() if k in spec.keywords}
-    keywords.update(child.fixed)
+    keywords = {k: v for k, v in context.items() if k in spec.bare}
+    keywords.update(resolve_fixed(child.fixed, context))
     if spec.is_plain:
         return items, keywords
     named = list(zip(regroup(items, spec.signature.in_shape), spec.names, strict=True))
@@ -262,7 +280,11 @@ def _choose_arguments(
 
 
 def _too_few_inputs(
-    env: Environment, path: Path, signature: Signature, stack: Stack
+    env: Environment,
+    path: Path,
+    signature: Signature,
+    stack: Stack,
+    flags: tuple[str, ...] = (),
 ) -> errors.SignatureError:
     present = sum(not isinstance(item, Missing) for item in take(stack, signature.n_in)[0])
     return errors.too_few_inputs(
@@ -273,17 +295,39 @@ def _too_few_inputs(
         describe_stack(stack),
         env.n_in,
         env.n_given,
+        flags,
     )
 
 
 def _annotate(
-    error: Exception, path: Path, signature: Signature, stack: Stack, advice: str
+    error: Exception, child: Child, env: Environment, stack: Stack, keywords: Mapping[str, Any]
 ) -> None:
     """Adds a note with path and stack, once: the innermost pipeline knows most."""
     if isinstance(error, errors.SignatureError) and " -> " in str(error):
         return
     notes = getattr(error, "__notes__", ())
-    if not any(str(note).startswith(errors.NOTE_PREFIX) for note in notes):
-        advice = advice or errors.advise_on(error)
-        path_text = format_path(path)
-        error.add_note(errors.write_note(path_text, str(signature), describe_stack(stack), advice))
+    if any(str(note).startswith(errors.NOTE_PREFIX) for note in notes):
+        return
+    error.add_note(
+        errors.write_note(
+            format_path(env.get_path(child)),
+            str(child.signature),
+            describe_stack(stack),
+            _advise(error, child, env, keywords),
+        )
+    )
+
+
+def _advise(error: Exception, child: Child, env: Environment, keywords: Mapping[str, Any]) -> str:
+    """Says what to do about an error, if that is known."""
+    if env.derived is not None and env.derived._advice:
+        return env.derived._advice
+    known = errors.advise_on(error, is_bound=env.binding is not UNBOUND)
+    if known:
+        return known
+    for name in keywords.keys() & env.context.keys():
+        others = {get_name(leaf.target) for _, leaf in find_takers(env.root, name)}
+        others.discard(get_name(child.target))
+        if others:
+            return errors.keyword_went_to(name, sorted(others))
+    return ""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax import linen as nn
 
+from flax_extra.combinator._core.context import ContextKeyword
 from flax_extra.combinator._core.describe import shorten
 from flax_extra.combinator._core.expression import format_on_one_line, list_fields
 from flax_extra.combinator._core.naming import get_name
@@ -72,7 +73,7 @@ def measure_width(text: str, size: int) -> int:
 def make_caption(f: Any, fixed: Mapping[str, Any]) -> Caption:
     """Writes the caption of a callable with fixed keywords."""
     name, arguments = _split_call(f)
-    given = [*arguments, *(f"{k}={_format_value(v)}" for k, v in fixed.items())]
+    given = [*arguments, *(_format_fixed(k, v) for k, v in fixed.items())]
     words = f"{name}({', '.join(given)})" if given else name
     return Caption(shorten(name, MAX_NAME_LENGTH), tuple(_break_lines(given)), words)
 
@@ -93,7 +94,7 @@ def make_frame_caption(combinator: Combinator, fixed: Mapping[str, Any]) -> str:
         kind = f"repeat \N{MULTIPLICATION SIGN}{values.pop('n', 1)}"
     if kind in ("serial", "parallel") and named:
         kind = ""
-    words = [k if v is True else f"{k}={_format_value(v)}" for k, v in {**values, **fixed}.items()]
+    words = [k if v is True else _format_fixed(k, v) for k, v in {**values, **fixed}.items()]
     head = ": ".join(part for part in (combinator._label if named else "", kind) if part)
     return shorten(", ".join([head, *words]), MAX_NAME_LENGTH)
 
@@ -134,6 +135,12 @@ def _split_call(f: Any) -> tuple[str, list[str]]:
 def _format_value(value: Any) -> str:
     """Writes a value as an expression, without addresses, which differ between runs."""
     return shorten(ADDRESS.sub("", format_on_one_line(value)), MAX_LINE_LENGTH)
+
+
+def _format_fixed(name: str, value: Any) -> str:
+    """Writes a fixed keyword; of one that comes from context, the name in the context."""
+    is_context = isinstance(value, ContextKeyword)
+    return f"{name}: {value.name}" if is_context else f"{name}={_format_value(value)}"
 
 
 def _break_lines(arguments: Iterable[str]) -> list[str]:

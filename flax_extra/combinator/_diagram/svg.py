@@ -21,6 +21,7 @@ from flax_extra.combinator._core.combinator import Combinator
 from flax_extra.combinator._core.describe import describe_item, shorten
 from flax_extra.combinator._core.expression import format_expression
 from flax_extra.combinator._core.stack import Stack
+from flax_extra.combinator._core.tracebacks import api_boundary
 from flax_extra.combinator._diagram.captions import ADDRESS, NAME_SIZE, SMALL_SIZE
 from flax_extra.combinator._diagram.picture import (
     BESIDE_LABEL,
@@ -38,6 +39,7 @@ from flax_extra.combinator._diagram.picture import (
 )
 from flax_extra.combinator._diagram.wiring import Position, StackTexts, read_wiring
 from flax_extra.combinator._views.record import RunRecord, record_run, to_pipeline
+from flax_extra.combinator._views.specs import parse_call
 
 MARGIN = 16
 MAX_LABEL_LENGTH = 48
@@ -109,6 +111,7 @@ class Diagram:
         return self.svg
 
 
+@api_boundary
 def diagram(f: Callable[..., Any], *inputs: Any, **context: Any) -> Diagram:
     """Draws the wiring of a pipeline: its steps, and the items of the stack as wires.
 
@@ -122,7 +125,8 @@ def diagram(f: Callable[..., Any], *inputs: Any, **context: Any) -> Diagram:
             ``"f32[b, t, 64]"``, arrays, ``jax.ShapeDtypeStruct``, None. With them, each wire is
             labelled with its item. Nothing is computed. Items that the pipeline does not take pass
             by it.
-        context: keywords for every step that takes them, such as ``deterministic``.
+        context: keywords for every step that takes them, such as ``deterministic``. For an array,
+            a spec serves: ``padding_mask="bool[b, 1, t]"``.
 
     Returns:
         A picture, to save or to show in a notebook.
@@ -147,9 +151,9 @@ def diagram(f: Callable[..., Any], *inputs: Any, **context: Any) -> Diagram:
     unknown = context.keys() - pipeline.keywords
     if unknown:
         raise errors.unknown_context(pipeline._label, unknown, pipeline.keywords)
-    return draw_diagram(
-        pipeline, _collect_texts(record_run(pipeline, inputs, context)) if inputs else None
-    )
+    if not inputs:
+        return draw_diagram(pipeline)
+    return draw_diagram(pipeline, _collect_texts(record_run(pipeline, parse_call(inputs, context))))
 
 
 def _collect_texts(run: RunRecord) -> dict[Position, StackTexts]:

@@ -15,24 +15,25 @@ from flax import linen as nn
 
 from flax_extra.combinator._core import errors
 from flax_extra.combinator._core.describe import describe_item
-from flax_extra.combinator._core.stack import Stack
 from flax_extra.combinator._views.record import record_run
-from flax_extra.combinator._views.specs import find_dimension_names, substitute_sizes
+from flax_extra.combinator._views.specs import (
+    CallShapes,
+    find_dimension_names,
+    substitute_sizes,
+)
 
 TRIAL_SIZES = ((48, 96), (64, 128), (7, 11))
 """The pairs of sizes that a dimension is tried with."""
 
 
-def explain_error(
-    f: Callable[..., Any], items: Stack, context: Mapping[str, Any], error: Exception
-) -> Exception:
+def explain_error(f: Callable[..., Any], call: CallShapes, error: Exception) -> Exception:
     """Returns the error, or one that says which names must be numbers, if that would mend it."""
-    names = find_dimension_names(items)
+    names = find_dimension_names([call.items, call.context])
     if not names or isinstance(error, errors.SignatureError):
         return error
-    trials = {name: _try_sizes(f, items, context, [name]) for name in names}
+    trials = {name: _try_sizes(f, call, [name]) for name in names}
     helpful = [name for name, trial in trials.items() if trial is not None]
-    if not helpful and _try_sizes(f, items, context, names) is None:
+    if not helpful and _try_sizes(f, call, names) is None:
         # By its name, because jax.errors has the class only in newer releases.
         is_undecided = type(error).__name__ == "InconclusiveDimensionOperation"
         return errors.undecidable(*_summarize(error), names) if is_undecided else error
@@ -50,14 +51,12 @@ def find_symbolic_parameters(variables: Any) -> Iterator[tuple[str, str, list[st
 
 
 def _try_sizes(
-    f: Callable[..., Any], items: Stack, context: Mapping[str, Any], names: list[str]
+    f: Callable[..., Any], call: CallShapes, names: list[str]
 ) -> tuple[str, str] | tuple[()] | None:
     """Runs with numbers for names. Returns None if it fails, or a parameter that they size."""
     for sizes in TRIAL_SIZES:
         runs = [
-            record_run(
-                f, substitute_sizes(items, {n: size + 12 * i for i, n in enumerate(names)}), context
-            )
+            record_run(f, _with_sizes(call, {n: size + 12 * i for i, n in enumerate(names)}))
             for size in sizes
         ]
         if all(run.error is None for run in runs):
@@ -68,6 +67,11 @@ def _try_sizes(
                     return parameter, _describe_sized(leaf, other, names[0], sizes)
             return ()
     return None
+
+
+def _with_sizes(call: CallShapes, sizes: Mapping[str, int]) -> CallShapes:
+    items, context = substitute_sizes((call.items, dict(call.context)), sizes)
+    return CallShapes(items, context)
 
 
 def _describe_sized(leaf: Any, other: Any, name: str, sizes: tuple[int, int]) -> str:

@@ -20,7 +20,7 @@ from flax_extra.combinator._core.linen import clone_without_scope
 from flax_extra.combinator._core.naming import get_name
 from flax_extra.combinator._core.signature import Signature
 from flax_extra.combinator._core.stack import Missing, Stack, flatten, take
-from flax_extra.combinator._views.specs import parse_specs, to_shapes
+from flax_extra.combinator._views.specs import CallShapes, to_shapes
 from flax_extra.combinator._words.fn import fn
 
 RunStep: TypeAlias = Callable[[], Stack]
@@ -84,10 +84,12 @@ class RunRecord:
     Args:
         root: the pipeline as a step.
         variables: the collections of variables that it made, as shapes; empty if it failed.
+        call: the inputs of the run.
     """
 
     root: StepRecord
     variables: Mapping[str, Any]
+    call: CallShapes
 
     @property
     def error(self) -> Exception | None:
@@ -95,17 +97,15 @@ class RunRecord:
         return self.root.error
 
 
-def record_run(
-    f: Callable[..., Any], specs: tuple[Any, ...], context: Mapping[str, Any]
-) -> RunRecord:
-    """Runs a pipeline, or any callable, on specs. An exception goes into the record."""
+def record_run(f: Callable[..., Any], call: CallShapes) -> RunRecord:
+    """Runs a pipeline, or any callable, on shapes. An exception goes into the record."""
     pipeline = to_pipeline(f)
-    items = parse_specs(specs)
-    root = StepRecord((), (get_name(f),), f, pipeline.signature, items)
-    shapes, merge = split_arrays(items)
+    root = StepRecord((), (get_name(f),), f, pipeline.signature, call.items)
+    shapes, merge = split_arrays((call.items, call.context))
 
     def run(key: jax.Array, arrays: list[jax.Array]) -> Any:
-        outputs, variables = pipeline.init_with_output(key, *merge(arrays), **context)
+        items, context = merge(arrays)
+        outputs, variables = pipeline.init_with_output(key, *items, **context)
         root.after = tuple(map(to_shapes, flatten(outputs)))
         return variables
 
@@ -115,7 +115,7 @@ def record_run(
         )
     except Exception as error:
         root.error, root.after, variables = error, None, {}
-    return RunRecord(root, variables)
+    return RunRecord(root, variables, call)
 
 
 def to_pipeline(f: Callable[..., Any]) -> Combinator:

@@ -14,12 +14,20 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from flax_extra.combinator._core import errors
-from flax_extra.combinator._core.describe import describe_stack
+from flax_extra.combinator._core.arrays import is_array
+from flax_extra.combinator._core.describe import describe_item
 from flax_extra.combinator._core.stack import Stack
+from flax_extra.combinator._core.tracebacks import api_boundary
 from flax_extra.combinator._views.explain import explain_error, find_symbolic_parameters
 from flax_extra.combinator._views.record import RunRecord, record_run
-from flax_extra.combinator._views.specs import canonicalize_dimensions, parse_items
+from flax_extra.combinator._views.specs import (
+    canonicalize_dimensions,
+    parse_call,
+    parse_declaration,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +40,8 @@ class ShapeSignature:
     Args:
         inputs: the items, top first: ``jax.ShapeDtypeStruct`` for arrays.
         outputs: the items, top first.
+        context: the context keywords that hold arrays.
+        constraints: what is known of the names of dimensions, such as ``"t <= 64"``.
 
     Example:
         >>> from flax import linen as nn
@@ -45,6 +55,8 @@ class ShapeSignature:
 
     inputs: Stack
     outputs: Stack
+    context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    constraints: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> ShapeSignature:
@@ -53,18 +65,13 @@ class ShapeSignature:
         Raises:
             ValueError: If the text does not declare shapes.
         """
-        if text.count("->") != 1:
-            raise errors.bad_declaration(text)
-        # Both sides are read together, so that a name means the same on each.
-        left, right = text.split("->")
-        n_in = len(parse_items(left))
-        both = ", ".join(side.strip() for side in (left, right) if side.strip() not in ("", "()"))
-        items = parse_items(both)
-        return cls(items[:n_in], items[n_in:])
+        call, outputs = parse_declaration(text)
+        return cls(call.items, outputs, call.context, call.constraints)
 
     @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
-        return len(self.inputs), canonicalize_dimensions((*self.inputs, *self.outputs))
+        shapes = self.inputs, dict(self.context), self.outputs
+        return canonicalize_dimensions(shapes, self.constraints)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, str):
@@ -75,7 +82,10 @@ class ShapeSignature:
         return hash(self._key)
 
     def __str__(self) -> str:
-        return f"{_list_items(self.inputs)} -> {_list_items(self.outputs)}"
+        named = [f"{name}: {describe_item(value)}" for name, value in self.context.items()]
+        inputs = ", ".join([*map(describe_item, self.inputs), *named]) or "()"
+        where = f" where {' and '.join(self.constraints)}" if self.constraints else ""
+        return f"{inputs}{where} -> {', '.join(map(describe_item, self.outputs)) or '()'}"
 
     def __repr__(self) -> str:
         return f"ShapeSignature({str(self)!r})"
@@ -84,6 +94,7 @@ class ShapeSignature:
         return ShapeSignature.parse, (str(self),)
 
 
+@api_boundary
 def shape_signature(f: Callable[..., Any], *inputs: Any, **context: Any) -> ShapeSignature:
     """Finds the shapes that a pipeline gives for inputs of these shapes. It computes nothing.
 
@@ -94,7 +105,9 @@ def shape_signature(f: Callable[..., Any], *inputs: Any, **context: Any) -> Shap
         inputs: the items of the stack, top first. Each is a text such as ``"f32[b, t, 64]"``, an
             array, a ``jax.ShapeDtypeStruct``, a pytree of these, or None for an absent item.
             Other values, such as numbers, are passed as they are.
-        context: keywords for every step that takes them, such as ``deterministic``.
+            A text may end in constraints: ``"i32[b, t] where t <= 64"``.
+        context: keywords for every step that takes them, such as ``deterministic``. For an array,
+            a spec serves: ``padding_mask="bool[b, 1, t]"``.
 
     Returns:
         The shapes, which print as ``f32[b, t, 64] -> f32[b, t, 8]``.
@@ -115,24 +128,23 @@ def shape_signature(f: Callable[..., Any], *inputs: Any, **context: Any) -> Shap
     Source:
         "Shape polymorphism", in the documentation of ``jax.export``.
     """
-    return read_shapes(f, record_run(f, inputs, context), context)
+    return read_shapes(f, record_run(f, parse_call(inputs, context)))
 
 
-def read_shapes(
-    f: Callable[..., Any], run: RunRecord, context: Mapping[str, Any]
-) -> ShapeSignature:
+def read_shapes(f: Callable[..., Any], run: RunRecord) -> ShapeSignature:
     """Reads the shapes from the record of a run, or raises the error that stopped it."""
-    root = run.root
+    root, call = run.root, run.call
     if (error := run.error) is not None:
-        explained = explain_error(f, root.before, context, error)
+        explained = explain_error(f, call, error)
         if explained is error:
             raise error
         raise explained from error
     sized = next(find_symbolic_parameters(run.variables.get("params", {})), None)
     if sized is not None:
         raise errors.symbolic_parameter(*sized)
-    return ShapeSignature(root.before, root.after or ())
-
-
-def _list_items(items: Stack) -> str:
-    return describe_stack(items) if items else "()"
+    arrays = {
+        name: value
+        for name, value in call.context.items()
+        if any(map(is_array, jax.tree.leaves(value)))
+    }
+    return ShapeSignature(root.before, root.after or (), arrays, call.constraints)

@@ -1,17 +1,20 @@
 """Specs: texts that describe the items of a stack, such as ``"f32[b, t, 64]"``.
 
 A spec is written as jaxprs print an array. A name in it stands for every size at once; a name alone
-is a number of that size. JAX's own symbolic dimensions do the arithmetic.
+is a number of that size. JAX's own symbolic dimensions do the arithmetic. A spec may end in
+constraints on names: ``"f32[b, t] where t <= 64 and mod(b, 8) == 0"``.
 
     >>> from flax_extra.combinator._core.describe import describe_stack
-    >>> describe_stack(parse_specs(["f32[b, 8*t, 64]", None, "bool[b]"]))
+    >>> describe_stack(parse_call(["f32[b, 8*t, 64]", None, "bool[b]"]).items)
     'f32[b, 8*t, 64], None, bool[b]'
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -27,6 +30,7 @@ from flax_extra.combinator._core.describe import describe_item
 from flax_extra.combinator._core.stack import Stack, flatten
 
 _SPEC = re.compile(r"(?P<dtype>[a-z]\w*(<\w+>)?)\[(?P<dims>[^\[\]]*)\]")
+_NAMED = re.compile(r"(?P<name>[A-Za-z_]\w*)\s*:\s*(?P<spec>.*)", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_]\w*(?![\w(])")
 _DTYPE_NAMES = (
     "bool",
@@ -36,20 +40,57 @@ _DTYPE_NAMES = (
 )
 
 
-def parse_specs(specs: Iterable[Any]) -> Stack:
-    """Returns the items that specs describe. Arrays become ``jax.ShapeDtypeStruct``.
+@dataclasses.dataclass(frozen=True)
+class CallShapes:
+    """The inputs of a call, with ``jax.ShapeDtypeStruct`` for arrays.
+
+    Args:
+        items: the items of the stack, top first.
+        context: the context keywords.
+        constraints: what is known of named dimensions, such as ``"t <= 64"``.
+    """
+
+    items: Stack
+    context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    constraints: tuple[str, ...] = ()
+
+
+def parse_call(specs: Iterable[Any], context: Mapping[str, Any] | None = None) -> CallShapes:
+    """Reads the specs of the inputs of a call.
 
     Args:
         specs: texts, arrays, ``jax.ShapeDtypeStruct``, pytrees of these, None, and plain numbers,
             which are not traced. A plain tuple is several items, as on a stack. A dimension of
             the same name is the same in all of them.
+        context: context keywords. A text that is not a spec is a value.
 
     Raises:
-        ValueError: If a text is not a spec.
+        ValueError: If an item is a text and not a spec.
     """
     items = flatten(tuple(specs))
-    scope = _find_scope(items)
-    return tuple(jax.tree.map(lambda leaf: _to_shape(leaf, scope), item) for item in items)
+    context = dict(context or {})
+    texts = [leaf for leaf in jax.tree.leaves((items, context)) if isinstance(leaf, str)]
+    constraints = tuple(dict.fromkeys(c for text in texts for c in _split_where(text)[1]))
+    scope = _find_scope((items, context), constraints)
+    return CallShapes(
+        tuple(jax.tree.map(lambda leaf: _to_shape(leaf, scope), item) for item in items),
+        {
+            name: jax.tree.map(lambda leaf: _to_context(leaf, scope), value)
+            for name, value in context.items()
+        },
+        constraints,
+    )
+
+
+def _to_context(leaf: Any, scope: export.SymbolicScope) -> Any:
+    is_value = isinstance(leaf, str) and not _SPEC.fullmatch(_split_where(leaf)[0])
+    return leaf if is_value else _to_shape(leaf, scope)
+
+
+def _split_where(text: str) -> tuple[str, list[str]]:
+    """Splits a spec from its constraints."""
+    spec, _, constraints = text.partition(" where ")
+    return spec.strip(), [part.strip() for part in constraints.split(" and ") if part.strip()]
 
 
 def to_shapes(value: Any) -> Any:
@@ -57,48 +98,88 @@ def to_shapes(value: Any) -> Any:
     return jax.tree.map(lambda leaf: _to_shape(leaf, None), value)
 
 
-def parse_items(text: str) -> Stack:
-    """Reads the items in a text such as ``"f32[b, t], None, list(i32[b], i32[b])"``."""
-    scope = export.SymbolicScope()
-    parts = _split_items(text)
-    return () if parts in ([""], ["()"]) else tuple(_parse_item(part, scope) for part in parts)
+def parse_declaration(text: str) -> tuple[CallShapes, Stack]:
+    """Reads the inputs and outputs in a text such as ``"f32[b, t], lengths: i32[b] -> f32[b]"``.
+
+    Raises:
+        ValueError: If the text does not declare shapes.
+    """
+    if text.count("->") != 1:
+        raise errors.bad_declaration(text)
+    left, right = text.split("->")
+    inputs, constraints = _split_where(left)
+    # Both sides are read in one scope, so that a name means the same on each.
+    scope = _make_scope(tuple(constraints))
+    items: list[Any] = []
+    context: dict[str, Any] = {}
+    for part in _split_items(inputs):
+        if named := _NAMED.fullmatch(part):
+            context[named["name"]] = _parse_item(named["spec"], scope)
+        else:
+            items.append(_parse_item(part, scope))
+    outputs = tuple(_parse_item(part, scope) for part in _split_items(right.strip()))
+    return CallShapes(tuple(items), context, tuple(constraints)), outputs
 
 
 def find_dimension_names(items: Iterable[Any]) -> list[str]:
     """Lists the names of the dimensions in items, in the order in which they first occur.
 
-    >>> find_dimension_names(parse_specs(["f32[b, t + s]", "f32[t, h]"]))
+    >>> find_dimension_names(parse_call(["f32[b, t + s]", "f32[t, h]"]).items)
     ['b', 't', 's', 'h']
     """
     return list(dict.fromkeys(name for dim in _walk_dimensions(items) for name in _find_names(dim)))
 
 
-def substitute_sizes(items: Iterable[Any], sizes: Mapping[str, int | str]) -> Stack:
-    """Puts numbers, or other names, in the place of named dimensions.
+def substitute_sizes(tree: Any, sizes: Mapping[str, int | str]) -> Any:
+    """Puts numbers, or other names, in the place of named dimensions in a pytree of shapes.
 
     >>> from flax_extra.combinator._core.describe import describe_stack
-    >>> describe_stack(substitute_sizes(parse_specs(["f32[b, 2*t]"]), {"t": 5}))
+    >>> describe_stack(substitute_sizes(parse_call(["f32[b, 2*t]"]).items, {"t": 5}))
     'f32[b, 10]'
     """
     scope = export.SymbolicScope()
 
     def substitute(leaf: Any) -> Any:
         if export.is_symbolic_dim(leaf):
-            return export.symbolic_shape(_substitute(str(leaf), sizes), scope=scope)[0]
+            return _parse_size(_substitute(str(leaf), sizes), scope)
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
-        text = ", ".join(_substitute(str(dim), sizes) for dim in leaf.shape)
-        return _make_struct(export.symbolic_shape(text, scope=scope), leaf.dtype)
+        shape = (_parse_size(_substitute(str(dim), sizes), scope) for dim in leaf.shape)
+        return _make_struct(tuple(shape), leaf.dtype)
 
-    return tuple(jax.tree.map(substitute, item) for item in items)
+    return jax.tree.map(substitute, tree)
 
 
-def canonicalize_dimensions(items: Iterable[Any]) -> tuple[Any, ...]:
-    """Returns a key that is equal for items that differ only in the names of dimensions."""
-    leaves, tree = jax.tree_util.tree_flatten(tuple(items))
+def _parse_size(text: str, scope: export.SymbolicScope) -> Any:
+    """Reads an expression of sizes: a number, or a symbolic dimension if it has names."""
+    if _NAME.search(text) is None:  # JAX would leave mod(4, 2) as it is
+        return _compute(text)
+    return export.symbolic_shape(text, scope=scope)[0]
+
+
+def _compute(text: str) -> Any:
+    return eval(text, {"__builtins__": {}}, _FUNCTIONS)  # noqa: S307  # JAX wrote or parsed it
+
+
+_FUNCTIONS = {"mod": operator.mod, "floordiv": operator.floordiv, "max": max, "min": min}
+"""The functions that JAX's expressions of dimensions may call."""
+
+
+def are_satisfied(constraints: Iterable[str], sizes: Mapping[str, int]) -> bool:
+    """Whether sizes of named dimensions satisfy all constraints.
+
+    >>> are_satisfied(["t <= 64", "mod(t, 8) == 0"], {"t": 16})
+    True
+    """
+    return all(_compute(_substitute(constraint, sizes)) for constraint in constraints)
+
+
+def canonicalize_dimensions(tree: Any, constraints: Iterable[str] = ()) -> tuple[Any, ...]:
+    """Returns a key that is equal for shapes that differ only in the names of dimensions."""
+    leaves, structure = jax.tree_util.tree_flatten(tree)
     kinds = tuple(map(_get_kind, leaves))
     dims = list(_walk_dimensions(leaves))
-    return tree, kinds, min(_rename(dims), key=str)
+    return structure, kinds, min(_rename(dims, tuple(constraints)), key=str)
 
 
 def _get_kind(leaf: Any) -> Any:
@@ -107,8 +188,8 @@ def _get_kind(leaf: Any) -> Any:
     return (leaf.dtype, len(leaf.shape)) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
 
-def _rename(dims: list[Any]) -> Iterator[tuple[str, ...]]:
-    """Yields the dimensions as text, with names numbered in every order that is possible."""
+def _rename(dims: list[Any], constraints: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yields dimensions and constraints as text, names numbered in every order that is possible."""
     plain = dict.fromkeys(str(dim) for dim in dims if str(dim).isidentifier())
     rest = [name for dim in dims for name in _find_names(dim) if name not in plain]
     rest = list(dict.fromkeys(rest))
@@ -116,7 +197,8 @@ def _rename(dims: list[Any]) -> Iterator[tuple[str, ...]]:
     for order in orders:
         new = {name: f"d{index}" for index, name in enumerate((*plain, *order))}
         text = ", ".join(_substitute(str(dim), new) for dim in dims)
-        yield tuple(map(str, export.symbolic_shape(text)))
+        known = sorted(_substitute(constraint, new) for constraint in constraints)
+        yield (*map(str, export.symbolic_shape(text)), *known)
 
 
 MAX_PERMUTED = 5
@@ -136,18 +218,26 @@ def _substitute(dim: str, sizes: Mapping[str, int | str]) -> str:
     return _NAME.sub(lambda name: str(sizes.get(name[0], name[0])), dim)
 
 
-def _find_scope(items: Stack) -> export.SymbolicScope:
-    """Returns the scope of the symbolic dimensions among the items, for specs that are texts."""
-    for dim in _walk_dimensions(items):
+def _find_scope(tree: Any, constraints: tuple[str, ...]) -> export.SymbolicScope:
+    """Returns the scope of the symbolic dimensions in a pytree, for specs that are texts."""
+    for dim in _walk_dimensions(jax.tree.leaves(tree)):
         if export.is_symbolic_dim(dim):
             scope: export.SymbolicScope = dim.scope
             return scope
-    return export.SymbolicScope()
+    return _make_scope(constraints)
+
+
+def _make_scope(constraints: tuple[str, ...]) -> export.SymbolicScope:
+    try:
+        return export.SymbolicScope(constraints)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise errors.bad_constraints(" and ".join(constraints), reason) from error
 
 
 def _to_shape(leaf: Any, scope: export.SymbolicScope | None) -> Any:
     if isinstance(leaf, str) and scope is not None:
-        return _parse_leaf(leaf.strip(), scope)
+        return _parse_leaf(_split_where(leaf)[0], scope)
     if not is_array(leaf):
         return leaf
     _check_precision(describe_item(leaf), leaf.dtype)
@@ -213,7 +303,8 @@ def _split_items(text: str) -> list[str]:
         if character == "," and depth == 0:
             parts.append(text[start:index].strip())
             start = index + 1
-    return [*parts, text[start:].strip()]
+    parts = [*parts, text[start:].strip()]
+    return [] if parts in ([""], ["()"]) else parts
 
 
 @functools.cache

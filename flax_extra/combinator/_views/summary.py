@@ -14,8 +14,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from flax_extra.combinator._core.tracebacks import api_boundary
 from flax_extra.combinator._views import table
 from flax_extra.combinator._views.record import record_run
+from flax_extra.combinator._views.specs import parse_call
 from flax_extra.combinator._views.steps import Step, count_parameters, flatten_variables, measure
 
 if TYPE_CHECKING:
@@ -29,10 +31,12 @@ class Summary:
     Args:
         root: the pipeline as a step, with the steps within.
         totals: for each collection of variables, how many numbers it holds, and their bytes.
+        context: the context keywords, with shapes for arrays.
     """
 
     root: Step
     totals: Mapping[str, tuple[int, int]]
+    context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def error(self) -> Exception | None:
@@ -44,12 +48,13 @@ class Summary:
         return "\n".join(lines).strip("\n")
 
     def __rich__(self) -> Table:
-        return table.draw_table(self.root, self.totals)
+        return table.draw_table(self.root, self.totals, self.context)
 
     def _repr_html_(self) -> str:
         return table.print_html(self.__rich__())
 
 
+@api_boundary
 def summary(f: Callable[..., Any], *inputs: Any, **context: Any) -> Summary:
     """Shows the stack between the steps of a pipeline, and where its parameters are.
 
@@ -60,7 +65,8 @@ def summary(f: Callable[..., Any], *inputs: Any, **context: Any) -> Summary:
         f: a pipeline, or any callable that could be a step of one.
         inputs: the items of the stack, top first, as for :func:`shape_signature`: texts such as
             ``"f32[b, t, 64]"``, arrays, ``jax.ShapeDtypeStruct``, None.
-        context: keywords for every step that takes them, such as ``deterministic``.
+        context: keywords for every step that takes them, such as ``deterministic``. For an array,
+            a spec serves: ``padding_mask="bool[b, 1, t]"``.
 
     Returns:
         A tree of steps. It prints as a table, and a notebook shows it.
@@ -84,7 +90,8 @@ def summary(f: Callable[..., Any], *inputs: Any, **context: Any) -> Summary:
         <BLANKLINE>
           total                                                                     160   640 B
     """
-    run = record_run(f, inputs, context)
+    run = record_run(f, parse_call(inputs, context))
     variables = {c: flatten_variables(tree) for c, tree in run.variables.items()}
     root = count_parameters(run.root, variables.get("params", {}))
-    return Summary(root, {c: measure(leaves.values()) for c, leaves in variables.items()})
+    totals = {c: measure(leaves.values()) for c, leaves in variables.items()}
+    return Summary(root, totals, run.call.context)

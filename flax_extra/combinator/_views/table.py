@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
+
+from flax_extra.combinator._core.arrays import is_array
 from flax_extra.combinator._core.describe import describe_item
 from flax_extra.combinator._core.stack import Stack
 from flax_extra.combinator._views.steps import Step
@@ -24,7 +27,9 @@ MAX_ITEM_WIDTH = 40
 """How many columns one item of a stack takes at most."""
 
 
-def draw_table(root: Step, totals: Mapping[str, tuple[int, int]]) -> Table:
+def draw_table(
+    root: Step, totals: Mapping[str, tuple[int, int]], context: Mapping[str, Any]
+) -> Table:
     """Draws the steps of a pipeline, and what each collection of variables holds in total."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -40,6 +45,9 @@ def draw_table(root: Step, totals: Mapping[str, tuple[int, int]]) -> Table:
     table.add_column("parameters", count, justify="right", no_wrap=True, min_width=len(count))
     table.add_column("size", size, justify="right", no_wrap=True, min_width=len(size))
     table.add_row(Text("inputs", style="dim"), "", _Items(root.before, style="dim"))
+    for name, value in context.items():
+        if any(map(is_array, jax.tree.leaves(value))):
+            table.add_row(Text(f"context {name}", style="dim"), "", _Items((value,), style="dim"))
     for depth, step in _walk_nested(root):
         table.add_row(
             Text("  " * depth + step.name, style="bold" if step.children else ""),

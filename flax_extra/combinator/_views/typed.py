@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 
 from flax_extra.combinator._core import errors
-from flax_extra.combinator._core.children import Children, make_only_child
+from flax_extra.combinator._core.children import Children, check_only_child, make_only_child
 from flax_extra.combinator._core.combinator import Combinator
 from flax_extra.combinator._core.describe import describe_item, describe_stack
 from flax_extra.combinator._core.expression import Argument
@@ -17,8 +18,10 @@ from flax_extra.combinator._core.linen import static_property
 from flax_extra.combinator._core.run import Flow, Steps
 from flax_extra.combinator._core.signature import Signature
 from flax_extra.combinator._core.stack import Stack
+from flax_extra.combinator._core.tracebacks import api_boundary
 from flax_extra.combinator._views.record import StepRecord, record_run
 from flax_extra.combinator._views.shape_signature import ShapeSignature, read_shapes
+from flax_extra.combinator._views.specs import parse_declaration
 
 
 class Typed(Combinator):
@@ -32,6 +35,7 @@ class Typed(Combinator):
         return self.children[0].signature
 
     def _check(self) -> None:
+        check_only_child("typed", self.children)
         object.__setattr__(
             self, "__doc__", f"A pipeline ``{self.declared}``.\n\n{type(self).__doc__}"
         )
@@ -56,13 +60,16 @@ class Typed(Combinator):
         return [("", self.children[0].target), ("", self.declared)]
 
 
+@api_boundary
 def typed(f: Callable[..., Any], declared: str, **context: Any) -> Typed:
     """Declares the shapes of a pipeline, and checks them before it is used.
 
     Args:
         f: a pipeline, or any callable that could be a step of one.
-        declared: its inputs and outputs, such as ``"i32[b, t] -> f32[b, t, 64]"``.
-        context: keywords for the check, such as ``deterministic=True``.
+        declared: its inputs and outputs, such as ``"i32[b, t] -> f32[b, t, 64]"``. Context that is
+            an array comes after the inputs, by name, and constraints on names before the arrow:
+            ``"f32[b, t, 8], mask: bool[b, 1, t] where t <= 64 -> f32[b, t, 8]"``.
+        context: other keywords for the check, such as ``deterministic=True``.
 
     Returns:
         The pipeline, with the declaration in its text and its documentation.
@@ -83,10 +90,11 @@ def typed(f: Callable[..., Any], declared: str, **context: Any) -> Typed:
     See Also:
         :func:`shape_signature`, which finds the shapes out.
     """
-    asked = ShapeSignature.parse(declared)
+    call, outputs = parse_declaration(declared)
+    asked = ShapeSignature(call.items, outputs, call.context, call.constraints)
     children = make_only_child("typed", f)
-    run = record_run(f, asked.inputs, context)
-    found = read_shapes(f, run, context)
+    run = record_run(f, dataclasses.replace(call, context={**call.context, **context}))
+    found = read_shapes(f, run)
     if found != asked:
         step = _find_wrong_step(run.root, asked.outputs, found.outputs)
         raise errors.other_shapes(str(asked), str(found), step)

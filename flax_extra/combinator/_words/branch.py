@@ -10,11 +10,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
+
+from flax import linen as nn
 
 from flax_extra.combinator._core import errors
 from flax_extra.combinator._core.checks import as_integer, check_item_count
-from flax_extra.combinator._core.children import Children, make_child, make_only_child
+from flax_extra.combinator._core.children import (
+    Children,
+    Shortcut,
+    check_only_child,
+    make_child,
+    make_only_child,
+)
 from flax_extra.combinator._core.combinator import OPERATORS, Combinator, join_operands
 from flax_extra.combinator._core.expression import Argument, format_short
 from flax_extra.combinator._core.inference import infer_signature
@@ -42,6 +50,20 @@ class Residual(Combinator):
     def expand(self, *children: Callable[..., Any]) -> Combinator:
         *body, shortcut = children
         return branch(serial(*body), shortcut) >> add()
+
+    def __post_init__(self) -> None:
+        given: object = self.children
+        children = given if isinstance(given, Children) else Children.of(given)
+        if not children.items or not isinstance(children.items[-1], Shortcut):
+            self.children = children.concatenate(_make_shortcut(identity()))
+        super().__post_init__()
+
+    @nn.nowrap
+    def clone(self, *, parent: Any = None, **updates: Any) -> Self:
+        given = updates.get("children")
+        if given is not None and not isinstance(given, Children):
+            updates["children"] = self._replace_parts(Children.of(given))
+        return super().clone(parent=parent, **updates)
 
     @static_property
     def _advice(self) -> str:
@@ -99,6 +121,8 @@ class Keep(Combinator):
         return select((*range(n_in), *range(n_in - self.n, n_in)), n_in=n_in) >> serial(f)
 
     def _check(self) -> None:
+        check_only_child("keep", self.children)
+        self.n = as_integer("keep", "n", self.n)
         check_item_count("keep", "n", self.n)
         child = self.children[0]
         if self.n > child.signature.n_in:
@@ -115,6 +139,8 @@ class Dip(Combinator):
         return parallel(identity(self.n), f)
 
     def _check(self) -> None:
+        check_only_child("dip", self.children)
+        self.n = as_integer("dip", "n", self.n)
         check_item_count("dip", "n", self.n)
         super()._check()
 
@@ -178,9 +204,13 @@ def residual(
         >>> attend(-3, 10), str(attend.signature)
         (33, '2 -> 1')
     """
-    body = Children.of(fs)
-    other = make_only_child("residual(shortcut=...)", identity() if shortcut is None else shortcut)
-    return Residual(body.concatenate(other), name=name)
+    around = _make_shortcut(identity() if shortcut is None else shortcut)
+    return Residual(Children.of(fs).concatenate(around), name=name)
+
+
+def _make_shortcut(f: Callable[..., Any]) -> Children:
+    (child,) = make_only_child("residual(shortcut=...)", f)
+    return Children([Shortcut(child.target, child.call_spec, child.fixed)])
 
 
 def keep(f: Callable[..., Any], n: int = 1) -> Keep:
@@ -208,7 +238,7 @@ def keep(f: Callable[..., Any], n: int = 1) -> Keep:
         >>> p(1, 10), (p >> p)(1, 10)
         ((11, 10), (21, 10))
     """
-    return Keep(make_only_child("keep", f), n=as_integer("keep", "n", n))
+    return Keep(make_only_child("keep", f), n=n)
 
 
 def dip(f: Callable[..., Any], n: int = 1) -> Dip:
@@ -230,7 +260,7 @@ def dip(f: Callable[..., Any], n: int = 1) -> Dip:
         >>> cb.dip(abs)(-1, -2, -3)
         (-1, 2, -3)
     """
-    return Dip(make_only_child("dip", f), n=as_integer("dip", "n", n))
+    return Dip(make_only_child("dip", f), n=n)
 
 
 OPERATORS["&"] = functools.partial(join_operands, Branch)

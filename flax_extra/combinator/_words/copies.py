@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_extra.combinator._core import errors
 from flax_extra.combinator._core.describe import describe_item
-from flax_extra.combinator._words.lift import LAYERS_AXIS
+from flax_extra.combinator._words.loop import LAYERS_AXIS
 
 Tree: TypeAlias = Mapping[str, Any]
 Key: TypeAlias = tuple[str, ...]

@@ -6,10 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from flax_extra.combinator._core.children import Child, Children, make_child
+from flax_extra.combinator._core import errors
+from flax_extra.combinator._core.children import Child, Children, check_only_child, make_child
 from flax_extra.combinator._core.combinator import Combinator
+from flax_extra.combinator._core.describe import shorten
 from flax_extra.combinator._core.expression import Argument
 from flax_extra.combinator._core.linen import static_property
+from flax_extra.combinator._core.naming import get_name
 from flax_extra.combinator._core.run import Flow, Steps
 from flax_extra.combinator._core.signature import Signature
 from flax_extra.combinator._core.stack import Stack
@@ -24,8 +27,18 @@ class Fn(Combinator):
     def signature(self) -> Signature:
         return self.children[0].signature
 
+    def _check(self) -> None:
+        check_only_child("fn", self.children)
+
     def _run(self, stack: Stack, steps: Steps) -> Flow:
         return (yield 0, stack)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        declared = self._arguments[1:]
+        if not isinstance(index, slice) and declared:
+            text = ", ".join(f"{prefix}{shorten(repr(value))}" for prefix, value in declared)
+            raise errors.would_lose(get_name(self.children[0].target), text)
+        return super().__getitem__(index)
 
     @static_property
     def _arguments(self) -> list[Argument]:

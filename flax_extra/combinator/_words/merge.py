@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from flax_extra.combinator._core import errors
 from flax_extra.combinator._core.checks import as_integer, check_item_count
-from flax_extra.combinator._core.children import make_only_child
+from flax_extra.combinator._core.children import check_only_child, make_only_child
 from flax_extra.combinator._core.combinator import Combinator
 from flax_extra.combinator._core.expression import format_short
 from flax_extra.combinator._core.linen import static_property
@@ -44,6 +44,8 @@ class Fold(Combinator):
         return put(folded, rest)
 
     def _check(self) -> None:
+        check_only_child("fold", self.children)
+        self.n_in = as_integer("fold", "n_in", self.n_in)
         check_item_count("fold", "n_in", self.n_in, least=1)
         signature = self.children[0].signature
         if (signature.n_in, signature.n_out) != (2, 1):
@@ -65,6 +67,7 @@ class _Arithmetic(Combinator):
         return errors.advise_on_sum()
 
     def _check(self) -> None:
+        self.n_in = as_integer(self._kind, "n_in", self.n_in)
         check_item_count(self._kind, "n_in", self.n_in, least=1)
         super()._check()
 
@@ -107,6 +110,8 @@ class Concatenate(Combinator):
         return errors.advise_on_concatenate(self.axis)
 
     def _check(self) -> None:
+        self.axis = as_integer("concatenate", "axis", self.axis)
+        self.n_in = as_integer("concatenate", "n_in", self.n_in)
         check_item_count("concatenate", "n_in", self.n_in, least=1)
         super()._check()
 
@@ -126,6 +131,8 @@ class Split(Combinator):
         return errors.advise_on_split(self.n_out, self.axis)
 
     def _check(self) -> None:
+        self.n_out = as_integer("split", "n_out", self.n_out)
+        self.axis = as_integer("split", "axis", self.axis)
         check_item_count("split", "n_out", self.n_out, least=1)
         super()._check()
 
@@ -151,7 +158,7 @@ def fold(f: Callable[[Any, Any], Any], n_in: int = 2) -> Fold:
         >>> cb.fold(operator.floordiv, n_in=3)(100, 7, 2)
         7
     """
-    return Fold(make_only_child("fold", f), n_in=as_integer("fold", "n_in", n_in))
+    return Fold(make_only_child("fold", f), n_in=n_in)
 
 
 def add(n_in: int = 2) -> Add:
@@ -172,7 +179,7 @@ def add(n_in: int = 2) -> Add:
         >>> cb.add(3)(1, 10, 100)
         111
     """
-    return Add(n_in=as_integer("add", "n_in", n_in))
+    return Add(n_in=n_in)
 
 
 def sub(n_in: int = 2) -> Sub:
@@ -193,7 +200,7 @@ def sub(n_in: int = 2) -> Sub:
         >>> cb.sub(3)(100, 10, 1)
         89
     """
-    return Sub(n_in=as_integer("sub", "n_in", n_in))
+    return Sub(n_in=n_in)
 
 
 def mul(n_in: int = 2) -> Mul:
@@ -214,7 +221,7 @@ def mul(n_in: int = 2) -> Mul:
         >>> cb.mul()(6, 7)
         42
     """
-    return Mul(n_in=as_integer("mul", "n_in", n_in))
+    return Mul(n_in=n_in)
 
 
 def div(n_in: int = 2) -> Div:
@@ -235,7 +242,7 @@ def div(n_in: int = 2) -> Div:
         >>> cb.div()(1, 4)
         0.25
     """
-    return Div(n_in=as_integer("div", "n_in", n_in))
+    return Div(n_in=n_in)
 
 
 def concatenate(axis: int = -1, n_in: int = 2) -> Concatenate:
@@ -260,9 +267,7 @@ def concatenate(axis: int = -1, n_in: int = 2) -> Concatenate:
         >>> cb.concatenate()
         Concatenate(signature=Signature(n_in=2, n_out=1, start_index=0, in_shape=((), ())), axis=-1)
     """
-    return Concatenate(
-        axis=as_integer("concatenate", "axis", axis), n_in=as_integer("concatenate", "n_in", n_in)
-    )
+    return Concatenate(axis=axis, n_in=n_in)
 
 
 def split(n_out: int, axis: int = -1) -> Split:
@@ -285,7 +290,7 @@ def split(n_out: int, axis: int = -1) -> Split:
         >>> [part.shape for part in cb.split(3)(np.zeros((2, 6)))]
         [(2, 2), (2, 2), (2, 2)]
     """
-    return Split(n_out=as_integer("split", "n_out", n_out), axis=as_integer("split", "axis", axis))
+    return Split(n_out=n_out, axis=axis)
 
 
 def _concatenate(axis: int, *items: Any) -> jax.Array:

@@ -17,6 +17,11 @@ class Remat(Lifted):
 
     policy: Policy | None = None
 
+    def _check(self) -> None:
+        super()._check()
+        if self.policy is not None:
+            check_policy("remat", "policy", self.policy)
+
     def _run(self, stack: Stack, steps: Steps) -> Stack:
         taken, rest = take(stack, self.signature.n_in)
         arrays, merge = split_arrays(taken)
@@ -59,6 +64,4 @@ def remat(
         >>> jax.tree.map(jax.numpy.shape, variables)
         {'params': {'Dense_0': {'bias': (4,), 'kernel': (3, 4)}}}
     """
-    if policy is not None:
-        check_policy("remat", "policy", policy)
     return Remat(make_only_child("remat", f), policy=policy, name=name)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flax_extra.combinator._core import errors
 from flax_extra.combinator._core.checks import as_integer, check_at_least
-from flax_extra.combinator._core.children import make_only_child
+from flax_extra.combinator._core.children import Children, make_only_child
 from flax_extra.combinator._core.expression import Argument, format_short, list_fields
 from flax_extra.combinator._core.linen import static_property
 from flax_extra.combinator._core.run import Steps
@@ -18,8 +18,8 @@ from flax_extra.combinator._words.lift import (
     check_carry,
     check_policy,
     rematerialize,
-    run_loop,
 )
+from flax_extra.combinator._words.loop import LAYERS_AXIS, Loop
 
 
 class Repeat(Lifted):
@@ -29,6 +29,15 @@ class Repeat(Lifted):
     shared: bool = False
     remat: bool | Policy = False
     unroll: int = 1
+    axis_name: str | None = LAYERS_AXIS
+
+    @static_property
+    def _axis_name(self) -> str | None:
+        """The name of its axis, made different from those of the repeats in it."""
+        name, taken = self.axis_name, set(_list_axis_names(self.children))
+        if name is None or name not in taken:
+            return name
+        return next(f"{name}_{i}" for i in range(1, len(taken) + 1) if f"{name}_{i}" not in taken)
 
     @static_property
     def _stacks_parameters(self) -> bool:
@@ -36,6 +45,10 @@ class Repeat(Lifted):
 
     def _check(self) -> None:
         super()._check()
+        self.n = as_integer("repeat", "n", self.n)
+        self.unroll = as_integer("repeat", "unroll", self.unroll)
+        if not isinstance(self.remat, bool):
+            check_policy("repeat", "remat", self.remat)
         check_at_least("repeat", "n", 0, self.n)
         check_at_least("repeat", "unroll", 1, self.unroll)
         child = self.children[0]
@@ -55,10 +68,22 @@ class Repeat(Lifted):
         if self.remat:
             policy = None if self.remat is True else self.remat
             run_copy = rematerialize(run_copy, self, prevent_cse=False, policy=policy)
-        carry, _ = run_loop(
-            run_copy, self, carry, None, length=self.n, stacked=not self.shared, unroll=self.unroll
+        loop = Loop(
+            run_copy,
+            self,
+            length=self.n,
+            unroll=self.unroll,
+            has_copies=not self.shared,
+            axis_name=self._axis_name,
+            per_turn=("cache",),
         )
+        carry, _ = loop.run(carry, None)
         return put(carry, rest)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice) and index != slice(None):
+            raise errors.slice_of_copies(self._label, self.n, _format_slice(index))
+        return super().__getitem__(index)
 
     @static_property
     def _arguments(self) -> list[Argument]:
@@ -73,13 +98,14 @@ def repeat(
     shared: bool = False,
     remat: bool | Policy = False,
     unroll: int = 1,
+    axis_name: str | None = LAYERS_AXIS,
     name: str | None = None,
 ) -> Repeat:
     """Puts ``n`` copies of ``f`` in series, compiled once.
 
-    Each copy has parameters of its own. They are stacked on a new leading axis, of logical name
-    ``"layers"``, and the copies run in a loop (``nn.scan``), so that the compile time does not grow
-    with ``n``. Each copy has its own rng.
+    Each copy has parameters of its own. They are stacked on a new leading axis, and the copies run
+    in a loop (``nn.scan``), so that the compile time does not grow with ``n``. Each copy has its
+    own rng.
 
     The items that ``f`` gives, ``n_out`` of them, are handed from copy to copy and must keep shape
     and dtype. The inputs beyond those, such as a mask, are the same for every copy.
@@ -87,11 +113,16 @@ def repeat(
     Args:
         f: a callable that takes ``n_in`` items and gives at most as many.
         n: number of copies.
-        shared: whether all copies use one set of parameters.
+        shared: whether all copies use one set of parameters. Other variables, such as batch
+            statistics, go on from copy to copy then, as if the copies were written one by one; each
+            copy has its own ``"cache"``, the state of a stream.
         remat: whether to recompute each copy in the backward pass, so that memory holds the
             intermediate values of one copy at a time. A policy, one of
             ``jax.checkpoint_policies``, says which values are kept all the same.
         unroll: how many copies one iteration of the compiled loop runs.
+        axis_name: the name of the leading axis in partitioning metadata, such as that of
+            ``nn.with_logical_partitioning``. None for no name, as physical axes of a mesh need. A
+            repeat around another of the same name adds a number: ``"layers_1"``.
         name: the name of its scope; ``Repeat_0``, ``Repeat_1``, ... if left out.
 
     Returns:
@@ -113,13 +144,27 @@ def repeat(
         >>> jax.tree.map(jax.numpy.shape, variables)
         {'params': {'Dense_0': {'bias': (6, 4), 'kernel': (6, 4, 4)}}}
     """
-    if not isinstance(remat, bool):
-        check_policy("repeat", "remat", remat)
     return Repeat(
         make_only_child("repeat", f),
-        n=as_integer("repeat", "n", n),
+        n=n,
         shared=shared,
         remat=remat,
-        unroll=as_integer("repeat", "unroll", unroll),
+        unroll=unroll,
+        axis_name=axis_name,
         name=name,
     )
+
+
+def _format_slice(index: slice) -> str:
+    parts = ["" if part is None else str(part) for part in (index.start, index.stop)]
+    return ":".join(parts if index.step is None else [*parts, str(index.step)])
+
+
+def _list_axis_names(children: Children) -> Iterator[str]:
+    """Yields the names of the axes of all repeats among children, at any depth."""
+    for child in children:
+        pipeline = child.pipeline
+        if pipeline is not None:
+            if isinstance(pipeline, Repeat) and pipeline._stacks_parameters:
+                yield from filter(None, [pipeline._axis_name])
+            yield from _list_axis_names(pipeline.children)

@@ -16,7 +16,8 @@ from flax_extra.combinator._core.expression import format_short
 from flax_extra.combinator._core.linen import static_property
 from flax_extra.combinator._core.run import Steps
 from flax_extra.combinator._core.stack import Stack, put, take
-from flax_extra.combinator._words.lift import Lifted, check_carry, run_loop
+from flax_extra.combinator._words.lift import Lifted, check_carry
+from flax_extra.combinator._words.loop import Loop
 
 
 class Scan(Lifted):
@@ -34,6 +35,10 @@ class Scan(Lifted):
 
     def _check(self) -> None:
         super()._check()
+        self.axis = as_integer("scan", "axis", self.axis)
+        self.unroll = as_integer("scan", "unroll", self.unroll)
+        if self.n_carry is not None:
+            self.n_carry = as_integer("scan", "n_carry", self.n_carry)
         check_at_least("scan", "unroll", 1, self.unroll)
         child = self.children[0]
         if not 0 <= self._n_carry < child.signature.n_in:
@@ -58,10 +63,22 @@ class Scan(Lifted):
                 self._check_axis("output", y, 1, steps, before)
             return after, ys
 
-        carry, ys = run_loop(
-            run_step, self, carry, xs, axis=self.axis, reverse=self.reverse, unroll=self.unroll
+        length = self._find_length(xs, steps, taken)
+        loop = Loop(
+            run_step, self, length, axis=self.axis, reverse=self.reverse, unroll=self.unroll
         )
+        carry, ys = loop.run(carry, xs)
         return put(put(carry, ys), rest)
+
+    def _find_length(self, xs: Stack, steps: Steps, stack: Stack) -> int:
+        """Returns the number of steps, which all sequences have."""
+        lengths = [jnp.shape(leaf)[self.axis] for leaf in jax.tree_util.tree_leaves(xs)]
+        if not lengths:
+            raise errors.no_steps(steps.path, describe_stack(stack))
+        if any(length != lengths[0] for length in lengths):
+            raise errors.unequal_lengths(steps.path, self.axis, lengths, describe_stack(stack))
+        length: int = lengths[0]
+        return length
 
     def _check_axis(self, role: str, item: Any, extra: int, steps: Steps, stack: Stack) -> None:
         """Raises an error if an item, with ``extra`` axes more, does not have the time axis."""
@@ -115,9 +132,9 @@ def scan(
     """
     return Scan(
         make_only_child("scan", cell),
-        axis=as_integer("scan", "axis", axis),
+        axis=axis,
         reverse=reverse,
-        unroll=as_integer("scan", "unroll", unroll),
-        n_carry=None if n_carry is None else as_integer("scan", "n_carry", n_carry),
+        unroll=unroll,
+        n_carry=n_carry,
         name=name,
     )

@@ -43,9 +43,16 @@ class Select(Combinator):
         return put(pick(stack, self.indices), take(stack, self._n_popped)[1])
 
     def _check(self) -> None:
+        try:
+            indices = tuple(self.indices)
+        except Exception as error:  # an arbitrary object may raise anything when it is iterated
+            raise errors.not_integers("select", "indices", repr(self.indices)) from error
+        self.indices = tuple(as_integer("select", "indices", index) for index in indices)
         for index in self.indices:
             if index < 0:
                 raise errors.negative_index(index)
+        if self.n_in is not None:
+            self.n_in = as_integer("select", "n_in", self.n_in)
         check_item_count("select", "n_in", self._n_popped)
 
     @static_property
@@ -60,6 +67,7 @@ class _NamedSelect(Combinator):
     n_in: int = 1
 
     def _check(self) -> None:
+        self.n_in = as_integer(self._kind, "n_in", self.n_in)
         check_item_count(self._kind, "n_in", self.n_in)
         super()._check()
 
@@ -117,11 +125,7 @@ def select(indices: Iterable[int], n_in: int | None = None) -> Select:
         >>> p("a", "b", "c"), str(p.signature)
         (('c', 'a', 'b', 'c'), '3 -> 4')
     """
-    try:
-        indices = tuple(indices)
-    except Exception as error:  # an arbitrary object may raise anything when it is iterated
-        raise errors.not_integers("select", "indices", repr(indices)) from error
-    return Select(indices=tuple(as_integer("select", "indices", i) for i in indices), n_in=n_in)
+    return Select(indices=indices, n_in=n_in)  # type: ignore[arg-type]  # it makes a tuple of them
 
 
 def dup(n_in: int = 1) -> Dup:
@@ -142,7 +146,7 @@ def dup(n_in: int = 1) -> Dup:
         >>> cb.dup(2)("a", "b", "c")
         ('a', 'b', 'a', 'b', 'c')
     """
-    return Dup(n_in=as_integer("dup", "n_in", n_in))
+    return Dup(n_in=n_in)
 
 
 def drop(n_in: int = 1) -> Drop:
@@ -163,7 +167,7 @@ def drop(n_in: int = 1) -> Drop:
         >>> cb.drop()("a", "b")
         'b'
     """
-    return Drop(n_in=as_integer("drop", "n_in", n_in))
+    return Drop(n_in=n_in)
 
 
 def swap() -> Swap:
@@ -198,4 +202,4 @@ def identity(n_in: int = 1) -> Identity:
         >>> cb.identity(2)("a", "b")
         ('a', 'b')
     """
-    return Identity(n_in=as_integer("identity", "n_in", n_in))
+    return Identity(n_in=n_in)
