@@ -311,6 +311,7 @@ class Combinator(linen.Container):
         return {name: value for name, value in vars(self).items() if name not in computed}
 
     @nn.nowrap
+    @api_boundary
     def __call__(self, *inputs: Any, **context: Any) -> Any:
         """Runs the pipeline on a stack.
 
@@ -334,7 +335,7 @@ class Combinator(linen.Container):
                 self._bind()
         elif self.scope is not None:
             return self._call_bound(*inputs, **context)
-        return _run_unbound(self, self._bound or UNBOUND, inputs, context)
+        return run_pipeline(self, self._bound or UNBOUND, inputs, context)
 
     def _call_bound(self, *inputs: Any, **context: Any) -> Any:
         return run_pipeline(self, self._bound or UNBOUND, inputs, context)
@@ -459,9 +460,6 @@ class Combinator(linen.Container):
     @nn.nowrap
     def __str__(self) -> str:
         return format_expression(self)
-
-
-_run_unbound = api_boundary(run_pipeline)
 
 
 def join_operands(kind: type[C], left: Any, right: Any) -> C:
