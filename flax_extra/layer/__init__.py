@@ -1,4 +1,4 @@
-"""Layers for sequence models: linen modules, each usable alone and as a step of a pipeline.
+"""Layers for sequence models: linen modules, to be used alone or as steps of a pipeline.
 
 >>> import jax, jax.numpy as jnp
 >>> from flax import linen as nn
@@ -18,6 +18,8 @@ from flax_extra.layer._attention import Attention, KVQAttention, QKVAttention, S
 from flax_extra.layer._decoding import Decoding, EmbedDecoding
 from flax_extra.layer._encoding import Encoding
 from flax_extra.layer._feed_forward import FeedForward
+from flax_extra.layer._interpolation import interpolate_positions
+from flax_extra.layer._learned import Learned
 from flax_extra.layer._multimodal import (
     MultimodalDecoding,
     MultimodalEncoding,
@@ -32,29 +34,33 @@ from flax_extra.layer._positional import (
 from flax_extra.layer._recurrent import LSTM, LSTMCell
 
 __all__ = [
-    # what a position takes from others
+    # attention
     "attend",
     "cross_attention_mask",
     "Attention",
     "QKVAttention",
     "KVQAttention",
     "SelfAttention",
-    # what a position does by itself
+    # feed-forward
     "FeedForward",
-    # one step after the other
+    # recurrent
     "LSTM",
     "LSTMCell",
-    # where a position is, and what stands in for it
+    # positional
     "TrainablePositionalEncoding",
     "FourierPositionEncoding",
+    "interpolate_positions",
     "TrainablePositionalPadding",
     "TrainablePositionalMasking",
-    # from data to a sequence, and back
+    "Learned",
+    # encoding
     "Encoding",
-    "Decoding",
-    "EmbedDecoding",
     "MultimodalEncoding",
     "MultimodalPositionalEncoding",
+    # decoding
+    "Decoding",
+    "EmbedDecoding",
     "MultimodalDecoding",
+    # encoding and decoding, for one modality or several
     "io",
 ]

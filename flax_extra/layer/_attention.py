@@ -1,4 +1,4 @@
-r"""Attention: each position of one sequence asks, all positions of another answer.
+r"""Multi-head attention layers.
 
 Source of the formulas: Vaswani et al., "Attention Is All You Need" (2017), sections 3.2.1 and
 3.2.2. Names differ from the paper's: ``d_qk`` and ``d_v`` count the features of all heads together.
@@ -16,29 +16,30 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from flax_extra import combinator as cb
 from flax_extra.layer import _errors
 from flax_extra.layer._attend import Mask, attend, check_chunk_size, check_rate
+from flax_extra.layer._initializers import LECUN_NORMAL, reshape_drawn
 
 SelfMask: TypeAlias = (
     Shaped[Array, "#batch #time #time"] | Shaped[Array, "#batch #heads #time #time"]
 )
-"""A :data:`Mask` from the positions of one sequence to themselves."""
+"""A :data:`Mask` between the positions of one sequence."""
 
 Dimension: TypeAlias = int | Callable[[Array, Array, int | None, int | None], int]
-"""A number of features, or a function of (inputs_q, inputs_kv, d_qk, d_v) that gives it.
+"""A number of features, or a function that computes it from (inputs_q, inputs_kv, d_qk, d_v).
 
-What is not known yet is None: d_v and d_qk when d_qk is asked for, d_v when d_v is.
+The functions are called in the order d_qk, d_v, d_output. A dimension that is computed later is
+passed as None: d_qk and d_v to the function for d_qk, d_v to the function for d_v.
 """
 
 
 def _like_shape(*references: Any, index: int) -> int:
-    """As many features as an input has."""
+    """Gives the number of features of one of the inputs."""
     return int(references[index].shape[-1])
 
 
 def _like_value(*references: Any, index: int) -> int:
-    """As many features as another dimension."""
+    """Gives a dimension that is known already."""
     return int(references[index])
 
 
@@ -47,7 +48,7 @@ def _resolve(dimension: Dimension, *references: Any) -> int:
 
 
 class Attention(nn.Module):
-    r"""Learns, for each position of one sequence, what to take from all unmasked ones of another.
+    r"""Attends from each position of one sequence to all unmasked positions of another.
 
     .. math::
         \begin{aligned}
@@ -58,29 +59,33 @@ class Attention(nn.Module):
     with :math:`w_q \in R^{d_{x_q} \times n_{heads} \times d_{qk} / n_{heads}}`,
     :math:`w_k \in R^{d_{x_{kv}} \times n_{heads} \times d_{qk} / n_{heads}}`,
     :math:`w_v \in R^{d_{x_{kv}} \times n_{heads} \times d_v / n_{heads}}` and
-    :math:`w_o \in R^{d_v \times d_o}`, in the sublayers ``query``, ``key``, ``value`` and ``out``.
+    :math:`w_o \in R^{d_v \times d_o}`, in the sub-layers ``query``, ``key``, ``value`` and ``out``.
 
     Args:
         n_heads: number of attention heads.
         d_qk: features of query and key, all heads together; those of ``inputs_q`` by default.
-            Like the next two an integer, or a function of (inputs_q, inputs_kv, d_qk, d_v).
+            ``d_qk``, ``d_v`` and ``d_output`` are each an integer, or a function of (inputs_q,
+            inputs_kv, d_qk, d_v) that returns one.
         d_v: features of the value, all heads together; ``d_qk`` by default.
         d_output: features of the output; ``d_v`` by default.
-        kernel_init: initializer of the weights.
+        kernel_init: initializer of the kernels. For query, key and value it is called with the
+            shape ``(features, heads * features of one head)``.
         bias_init: initializer of the biases.
         use_bias: whether there are biases.
-        dropout_rate: probability that an attention weight is dropped, in [0, 1). It draws from
-            the rng stream ``dropout``.
-        deterministic: whether to leave dropout out; a call can say otherwise.
+        dropout_rate: probability that an attention weight is dropped, in [0, 1). Dropout draws
+            from the rng stream ``dropout``.
+        deterministic: whether to leave dropout out. The same keyword of a call overrides it.
         precision: numerical precision of all products; see ``jax.lax.Precision``.
-        dtype: of the computation; that of inputs and parameters by default.
+        dtype: of the computation; the dtype to which inputs and parameters promote by default.
         param_dtype: of the parameters.
-        chunk_size: how many keys to take at a time; chosen from the sizes by default. See
+        chunk_size: how many keys to attend to at a time; chosen from the sizes by default. See
             :func:`attend`.
+        out_kernel_init: initializer of the kernel of ``out``; ``kernel_init`` by default.
+        out_bias_init: initializer of the bias of ``out``; ``bias_init`` by default.
 
     Raises:
-        ValueError: where ``d_qk`` or ``d_v`` are no multiple of ``n_heads``, the rate is not in
-            [0, 1), or ``chunk_size`` is below 1.
+        ValueError: If ``n_heads`` does not divide ``d_qk`` or ``d_v``, ``dropout_rate`` is not in
+            [0, 1), or ``n_heads`` or ``chunk_size`` is below 1.
 
     Source: Vaswani et al. (2017), section 3.2.2.
 
@@ -104,7 +109,7 @@ class Attention(nn.Module):
     d_qk: Dimension = functools.partial(_like_shape, index=0)
     d_v: Dimension = functools.partial(_like_value, index=2)
     d_output: Dimension = functools.partial(_like_value, index=3)
-    kernel_init: Initializer = nn.initializers.lecun_normal()
+    kernel_init: Initializer = LECUN_NORMAL
     bias_init: Initializer = nn.initializers.zeros
     use_bias: bool = True
     dropout_rate: float = 0.0
@@ -113,6 +118,8 @@ class Attention(nn.Module):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     chunk_size: int | None = None
+    out_kernel_init: Initializer | None = None
+    out_bias_init: Initializer | None = None
 
     def __post_init__(self) -> None:
         if self.n_heads < 1:
@@ -122,7 +129,7 @@ class Attention(nn.Module):
         for name in ("d_qk", "d_v"):
             dimension = getattr(self, name)
             if not callable(dimension):
-                self._split(name, dimension)
+                self._split_heads(name, dimension)
         super().__post_init__()
 
     @nn.compact
@@ -134,21 +141,21 @@ class Attention(nn.Module):
         *,
         deterministic: bool | None = None,
     ) -> Float[Array, "batch time_q features"]:
-        """Attends.
+        """Attends from the positions of ``inputs_q`` to those of ``inputs_kv``.
 
         Args:
             inputs_q: inputs for the query, ``[batch, time_q, features_q]``.
             inputs_kv: inputs for key and value, ``[batch, time_kv, features_kv]``.
-            mask: booleans or integers, not zero where a query attends to a key, or None. It
+            mask: booleans or integers, non-zero where a query attends to a key, or None. It
                 broadcasts to ``[batch, time_q, time_kv]`` or
                 ``[batch, heads, time_q, time_kv]``.
-            deterministic: whether to leave dropout out, instead of what the field says.
+            deterministic: whether to leave dropout out; the field's value by default.
 
         Returns:
             Attention vectors, ``[batch, time_q, d_output]``.
 
         Raises:
-            ValueError: where shapes do not agree; see :func:`attend`.
+            ValueError: If the shapes do not agree; see :func:`attend`.
         """
         for name, inputs in (("inputs_q", inputs_q), ("inputs_kv", inputs_kv)):
             if inputs.ndim != 3:
@@ -160,35 +167,49 @@ class Attention(nn.Module):
         d_output = _resolve(self.d_output, inputs_q, inputs_kv, d_qk, d_v)
         if deterministic is None:
             deterministic = self.deterministic
-        drops = self.dropout_rate > 0 and not deterministic
+        has_dropout = self.dropout_rate > 0 and not deterministic
+        dropout_rngkey = self.make_rng("dropout") if has_dropout else None
+        heads_qk, heads_v = self._split_heads("d_qk", d_qk), self._split_heads("d_v", d_v)
         settings: dict[str, Any] = {
             "use_bias": self.use_bias,
-            "kernel_init": self.kernel_init,
-            "bias_init": self.bias_init,
             "precision": self.precision,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
-        query = nn.DenseGeneral(self._split("d_qk", d_qk), name="query", **settings)
-        key = nn.DenseGeneral(self._split("d_qk", d_qk), name="key", **settings)
-        value = nn.DenseGeneral(self._split("d_v", d_v), name="value", **settings)
-        out = nn.Dense(d_output, name="out", **settings)
-        weighted = cb.fn(
-            attend,
-            n_in=4,
-            dropout_rngkey=self.make_rng("dropout") if drops else None,
+
+        def project(name: str, inputs: Array, heads: tuple[int, int]) -> Array:
+            projection = nn.DenseGeneral(
+                heads,
+                name=name,
+                kernel_init=reshape_drawn(self.kernel_init, (inputs.shape[-1], *heads)),
+                bias_init=reshape_drawn(self.bias_init, heads),
+                **settings,
+            )
+            return projection(inputs)
+
+        vectors = attend(
+            project("query", inputs_q, heads_qk),
+            project("key", inputs_kv, heads_qk),
+            project("value", inputs_kv, heads_v),
+            mask,
+            dropout_rngkey=dropout_rngkey,
             dropout_rate=self.dropout_rate,
             deterministic=deterministic,
             precision=self.precision,
             chunk_size=self.chunk_size,
         )
-        pipeline = (query @ cb.branch(key, value)) >> weighted >> out
-        vectors: Array = pipeline(inputs_q, inputs_kv, mask)
-        return vectors
+        out = nn.Dense(
+            d_output,
+            name="out",
+            kernel_init=self.kernel_init if self.out_kernel_init is None else self.out_kernel_init,
+            bias_init=self.bias_init if self.out_bias_init is None else self.out_bias_init,
+            **settings,
+        )
+        return out(vectors)
 
     @nn.nowrap
-    def _split(self, name: str, dimension: int) -> tuple[int, int]:
-        """The features of all heads together, as (heads, features of one)."""
+    def _split_heads(self, name: str, dimension: int) -> tuple[int, int]:
+        """Splits the features of all heads together into (heads, features of one head)."""
         if dimension < 1:
             raise _errors.too_small(type(self).__name__, name, 1, dimension)
         if dimension % self.n_heads:
@@ -197,25 +218,25 @@ class Attention(nn.Module):
 
 
 QKVAttention = Attention
-"""Attention whose output and key have by default as many features as the query's inputs."""
+"""Attention whose key and output have, by default, as many features as the query's inputs."""
 
 
 class KVQAttention(Attention):
-    """Attention whose key has by default as many features as the inputs of key and value.
+    """Attention whose key has, by default, as many features as the inputs of key and value.
 
-    The output has as many as the inputs of the query, so that it can be added to them. All else is
-    as in :class:`Attention`.
+    Its output has, by default, as many features as the inputs of the query, so that the two can be
+    added. Everything else is as in :class:`Attention`.
 
     Args:
-        n_heads: see :class:`Attention` for this field and those not listed here.
+        n_heads: number of attention heads; see :class:`Attention` for the fields not listed here.
         d_qk: features of query and key, all heads together; those of ``inputs_kv`` by default.
         d_output: features of the output; those of ``inputs_q`` by default.
 
     Raises:
-        ValueError: where ``d_qk`` or ``d_v`` are no multiple of ``n_heads``, or the rate is not in
-            [0, 1).
+        ValueError: If ``n_heads`` does not divide ``d_qk`` or ``d_v``, ``dropout_rate`` is not in
+            [0, 1), or ``n_heads`` or ``chunk_size`` is below 1.
 
-    Source: Jaegle et al., "Perceiver IO" (2021), appendix E, whose cross-attention is of this form.
+    Source: Jaegle et al., "Perceiver IO" (2021), appendix E; its cross-attention has this form.
 
     Shapes:
         ``xn.KVQAttention(n_heads=4)``: ``f32[b, q, 64], f32[b, k, 32], bool[b, q, k] -> f32[b,
@@ -236,18 +257,18 @@ class KVQAttention(Attention):
 
 
 class SelfAttention(Attention):
-    r"""Learns, for each position of a sequence, what to take from all its unmasked positions.
+    r"""Attends from each position of a sequence to all its unmasked positions.
 
     .. math:: \operatorname{SelfAttention}(x, mask) = \operatorname{Attention}(x, x, mask)
 
-    There is no norm and no residual in it: pipelines add those.
+    It holds no norm and no residual connection: pipelines add those.
 
     Args:
         n_heads: number of attention heads; see :class:`Attention` for the other fields.
 
     Raises:
-        ValueError: where ``d_qk`` or ``d_v`` are no multiple of ``n_heads``, or the rate is not in
-            [0, 1).
+        ValueError: If ``n_heads`` does not divide ``d_qk`` or ``d_v``, ``dropout_rate`` is not in
+            [0, 1), or ``n_heads`` or ``chunk_size`` is below 1.
 
     Source: Vaswani et al. (2017), section 3.2.3.
 
@@ -264,7 +285,7 @@ class SelfAttention(Attention):
         (2, 5, 8)
     """
 
-    # Its inputs are fewer than those of the class it extends, as the public API has it.
+    # The public API makes it a subclass of Attention and gives it one sequence instead of two.
     @nn.compact
     def __call__(  # type: ignore[override]
         self,
@@ -273,18 +294,18 @@ class SelfAttention(Attention):
         *,
         deterministic: bool | None = None,
     ) -> Float[Array, "batch time features"]:
-        """Attends.
+        """Attends from the positions of ``inputs_qkv`` to one another.
 
         Args:
             inputs_qkv: inputs for query, key and value, ``[batch, time, features_in]``.
-            mask: booleans or integers, not zero where a query attends to a key, or None. It
+            mask: booleans or integers, non-zero where a query attends to a key, or None. It
                 broadcasts to ``[batch, time, time]`` or ``[batch, heads, time, time]``.
-            deterministic: whether to leave dropout out, instead of what the field says.
+            deterministic: whether to leave dropout out; the field's value by default.
 
         Returns:
             Attention vectors, ``[batch, time, d_output]``.
 
         Raises:
-            ValueError: where shapes do not agree; see :func:`attend`.
+            ValueError: If the shapes do not agree; see :func:`attend`.
         """
         return super().__call__(inputs_qkv, inputs_qkv, mask, deterministic=deterministic)

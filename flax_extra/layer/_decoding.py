@@ -1,4 +1,4 @@
-r"""From a model's outputs back to what they stand for.
+r"""Decodes a model's outputs: scores of embeddings, and postprocessing.
 
 Source: Jaegle et al., "Perceiver IO: A General Architecture for Structured Inputs & Outputs"
 (2021), section 3.2 and appendix A; for tied embeddings Press and Wolf, "Using the Output Embedding
@@ -10,32 +10,34 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from flax_extra import combinator as cb
 from flax_extra.layer import _errors
-from flax_extra.layer._constructor import Constructor, check_constructor
+from flax_extra.layer._constructor import Constructor, check_constructor, make_identity
+from flax_extra.layer._sharding import broadcast_like
 
 
 class EmbedDecoding(nn.Module):
-    r"""Scores each embedding at each position, with the vectors of the embedding itself.
+    r"""Computes a score for each embedding at each position: its product with the output.
 
     .. math:: y \in \mathbb{R}^{m \times T \times d} \rightarrow
         o \in \mathbb{R}^{m \times T \times n}, \quad o = y e^\top + b, \quad
         e \in \mathbb{R}^{n \times d}, \quad b \in \mathbb{R}^{n}
 
-    The embedding is shared, not copied: it stays a parameter of the layer it comes from, which
-    learns from both of its uses. The one parameter here is the bias, zeros at first.
+    The embedding is shared, not copied: it stays a parameter of the layer that it comes from, and
+    gets gradients from both of its uses. The bias is the only parameter of this layer.
 
     Args:
         embedding: the vectors, ``[n_embeddings, features]``, such as those of ``nn.Embed``.
-        dtype: of the computation; what outputs and parameters promote to where it is None.
+        dtype: of the computation; the dtype to which outputs and parameters promote by default.
         param_dtype: of the bias.
+        bias_init: initializer of the bias.
+        use_bias: whether there is a bias.
 
     Raises:
-        ValueError: where the embedding is no array; at the call, where its shape does not fit.
+        ValueError: If the embedding is not an array.
 
     Shapes:
         ``xn.EmbedDecoding(jnp.zeros((256, 64)))``: ``f32[b, t, 64] -> f32[b, t, 256]``
@@ -58,6 +60,8 @@ class EmbedDecoding(nn.Module):
     embedding: Float[Array, "n_embeddings features"]
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+    bias_init: Initializer = nn.initializers.zeros
+    use_bias: bool = True
 
     def __post_init__(self) -> None:
         if not hasattr(self.embedding, "shape"):
@@ -68,7 +72,7 @@ class EmbedDecoding(nn.Module):
     def __call__(
         self, outputs: Float[Array, "batch *time features"]
     ) -> Float[Array, "batch *time n_embeddings"]:
-        """A score for each embedding at each position.
+        """Computes a score for each embedding at each position.
 
         Args:
             outputs: the model's outputs, ``[batch, ..., features]``.
@@ -77,34 +81,39 @@ class EmbedDecoding(nn.Module):
             The scores, ``[batch, ..., n_embeddings]``.
 
         Raises:
-            ValueError: where the embedding is not of shape ``[n_embeddings, features]``.
+            ValueError: If the embedding is not of shape ``[n_embeddings, features]``.
         """
         shape, features = self.embedding.shape, outputs.shape[-1]
         if len(shape) != 2 or shape[1] != features:
             raise _errors.wrong_embedding(shape, features)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape[:1], self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape[:1], self.param_dtype)
         outputs, embedding, bias = promote_dtype(outputs, self.embedding, bias, dtype=self.dtype)
         scores: Array = outputs @ embedding.T
-        return scores + jnp.broadcast_to(bias, scores.shape)
+        if bias is None:
+            return scores
+        return scores + broadcast_like(bias, scores.shape, scores, n_axes=scores.ndim - 1)
 
 
 class Decoding(nn.Module):
-    r"""Decodes a model's outputs: an embedding decoding, then a postprocessing to their own shape.
+    r"""Decodes a model's outputs position by position, then postprocesses them to their own shape.
 
     .. math:: y \in \mathbb{R}^{m \times T \times d} \rightarrow
         o \in \mathbb{R}^{m \times \dots \times d^{\prime}}, \quad
         o = \mathrm{postprocess}(\mathrm{decode}(y))
 
-    Its parameters are those of the parts it makes, under ``embedding_decoder`` and
-    ``postprocessor``. A part made with a name keeps it.
+    The parameters are those of its sub-layers ``embedding_decoder`` and ``postprocessor``. A
+    sub-layer that is made with a name keeps it.
 
     Args:
-        embedding_decoding: a constructor for a decoder of each position, such as
-            :class:`~flax_extra.layer.EmbedDecoding` or ``nn.Dense``.
-        postprocessing: a constructor for a module or function of what is decoded.
+        embedding_decoding: a constructor of a module or function that decodes each position, such
+            as :class:`~flax_extra.layer.EmbedDecoding` or ``nn.Dense``.
+        postprocessing: a constructor of a module or function that is applied to the decoded
+            positions.
 
     Raises:
-        ValueError: where a constructor is none, above all where it is a module.
+        ValueError: If an argument that should be a constructor is not, for instance a module.
 
     Shapes:
         ``xn.Decoding(partial(nn.Dense, 10))``: ``f32[b, t, 64] -> f32[b, t, 10]``
@@ -123,8 +132,8 @@ class Decoding(nn.Module):
         ((2, 4, 4, 3), {'params': {'embedding_decoder': {'bias': (3,), 'kernel': (8, 3)}}})
     """
 
-    embedding_decoding: Constructor = cb.identity
-    postprocessing: Constructor = cb.identity
+    embedding_decoding: Constructor = make_identity
+    postprocessing: Constructor = make_identity
 
     def __post_init__(self) -> None:
         check_constructor(type(self).__name__, "embedding_decoding", self.embedding_decoding)
@@ -136,13 +145,13 @@ class Decoding(nn.Module):
         self.postprocessor = self.postprocessing()
 
     def __call__(self, outputs: Float[Array, "batch time features"]) -> Shaped[Array, "batch ..."]:
-        """The decoded outputs.
+        """Decodes the outputs.
 
         Args:
             outputs: the model's outputs, ``[batch, time, features]``.
 
         Returns:
-            What the postprocessing makes of them, ``[batch, ...]``.
+            The decoded and postprocessed outputs, ``[batch, ...]``.
         """
         decoded: Array = self.postprocessor(self.embedding_decoder(outputs))
         return decoded

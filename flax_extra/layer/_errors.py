@@ -1,7 +1,7 @@
-"""Every word that the layers' errors say.
+"""The messages of all errors of the layers.
 
-Each function makes one ``ValueError``: which argument, what it was, what was expected. Nothing here
-computes; callers hand over the values, so that all wording can be read, and reworded, in one place.
+Each function makes one ``ValueError`` that says what the layer takes, what it got, and what to do.
+Callers check the arguments and pass the values, so that all wording is in one place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 def wrong_rank(layer: str, name: str, shape: Sequence[Any], axes: str) -> ValueError:
     return ValueError(
         f"{layer} takes {name} with axes {axes}; got shape {_shape(shape)}, which has "
-        f"{len(shape)} of them."
+        f"{len(shape)} {'axis' if len(shape) == 1 else 'axes'}."
     )
 
 
@@ -26,8 +26,8 @@ def too_small(layer: str, name: str, least: int, value: Any) -> ValueError:
 
 def indivisible(layer: str, name: str, value: Any, n_heads: int) -> ValueError:
     return ValueError(
-        f"{layer} splits {name} among its heads; {name} is {value} and n_heads is {n_heads}, which "
-        f"does not divide it. Choose a multiple of {n_heads}."
+        f"{layer} splits {name} evenly among its heads; {name} is {value} and n_heads is "
+        f"{n_heads}. Choose a {name} that is a multiple of {n_heads}."
     )
 
 
@@ -51,8 +51,8 @@ def wrong_mask_shape(shape: Sequence[Any], logits: Sequence[Any]) -> ValueError:
 
 def wrong_mask_dtype(dtype: Any) -> ValueError:
     return ValueError(
-        f"attend takes a mask of booleans or integers, where what is not zero is attended to; got "
-        f"{dtype}. Compare it first, as in mask > 0."
+        f"attend takes a mask of booleans or integers, non-zero where a query attends to a key; "
+        f"got {dtype}. Compare it first, as in mask > 0."
     )
 
 
@@ -69,8 +69,19 @@ def wrong_rate(layer: str, rate: Any) -> ValueError:
 
 def no_dropout_key(rate: float) -> ValueError:
     return ValueError(
-        f"attend is to drop weights at rate {rate} and has no key to draw from: dropout_rngkey is "
-        f"None. Give a dropout_rngkey, or say deterministic=True."
+        f"attend needs a dropout_rngkey for dropout at rate {rate}; got None. Give a key, or say "
+        f"deterministic=True."
+    )
+
+
+# Feed-forward.
+
+
+def two_widths(layer: str, widening_factor: int, d_hidden: int) -> ValueError:
+    return ValueError(
+        f"{layer} takes the width of its hidden layer from d_hidden or from widening_factor, not "
+        f"from both; got d_hidden {d_hidden} and widening_factor {widening_factor}. Give one of "
+        f"them."
     )
 
 
@@ -93,8 +104,8 @@ def wrong_state(shapes: Sequence[Sequence[Any]], expected: Sequence[Any]) -> Val
 
 def no_state_size(cell: str) -> ValueError:
     return ValueError(
-        f"{cell} takes the size of its state from its carry, and here makes a carry of which the "
-        f"size is not known. Say {cell}(features=...)."
+        f"{cell} cannot make a carry of unknown size: its field features is None. Say "
+        f"{cell}(features=...)."
     )
 
 
@@ -117,34 +128,98 @@ def position_out_of_range(layer: str, position: int, seqlen: Any) -> ValueError:
 
 def no_subset(layer: str) -> ValueError:
     return ValueError(
-        f"{layer} learns its sequence as a whole and gives no subset of it; got output positions. "
-        f"Leave them out, or use FourierPositionEncoding."
+        f"{layer} gives the vectors of a whole sequence, not of output positions; got output "
+        f"positions. Leave them out, or use FourierPositionEncoding."
+    )
+
+
+def too_long(layer: str, length: Any, seqlen: Any) -> ValueError:
+    return ValueError(
+        f"{layer} has {seqlen} positions; got a sequence of length {length}. Shorten the sequence, "
+        f"or build the layer with {length} positions; xn.interpolate_positions resizes a table "
+        f"that is trained already."
+    )
+
+
+def part_of_grid(layer: str, length: Any, seqshape: Sequence[int], seqlen: int) -> ValueError:
+    return ValueError(
+        f"{layer} encodes a grid of several axes as a whole, here {_shape(seqshape)} with {seqlen} "
+        f"positions; got a sequence of length {length}. Build it with the seqshape of the inputs, "
+        f"or give output positions."
+    )
+
+
+def length_and_positions(layer: str, length: Any) -> ValueError:
+    return ValueError(
+        f"{layer} takes a length or output positions, not both; got length {length} and output "
+        f"positions. Give one of them."
+    )
+
+
+def other_batch(layer: str, batch_size: Any, shape: Sequence[Any]) -> ValueError:
+    return ValueError(
+        f"{layer} takes for like an array whose first axis is the batch, here of size "
+        f"{batch_size}; got shape {_shape(shape)}."
+    )
+
+
+def no_common_batch(layer: str, shapes: Sequence[Sequence[Any]]) -> ValueError:
+    found = " and ".join(f"shape {_shape(shape)}" for shape in shapes) or "no array"
+    return ValueError(
+        f"{layer} takes an array [batch, ...], or a pytree of arrays with the same batch size; got "
+        f"{found}."
+    )
+
+
+def wrong_table(dtype: Any, shape: Sequence[Any]) -> ValueError:
+    return ValueError(
+        f"interpolate_positions takes a table of floats, [positions, features]; got {dtype}"
+        f"{_shape(shape)}."
+    )
+
+
+def different_grids(seqshape: Sequence[int], table_seqshape: Sequence[int]) -> ValueError:
+    return ValueError(
+        f"interpolate_positions keeps the number of axes; got seqshape {_shape(seqshape)} for a "
+        f"table of shape {_shape(table_seqshape)}. Say what grid the rows of the table stand for: "
+        f"table_seqshape=(...)."
+    )
+
+
+def wrong_grid(table_seqshape: Sequence[int], found: int, positions: int) -> ValueError:
+    return ValueError(
+        f"interpolate_positions takes as table_seqshape the grid that the rows of the table stand "
+        f"for; got {_shape(table_seqshape)}, which has {found} positions, for a table of "
+        f"{positions} rows."
     )
 
 
 def traced_number(layer: str, name: str) -> ValueError:
     return ValueError(
-        f"{layer} takes {name} as Python numbers, since they size its result; got a traced array. "
-        f"Take them from a shape, or keep them out of what jax.jit traces."
+        f"{layer} takes Python numbers for {name}, because they set the shape of its result; got a "
+        f"traced array. Take them from an array's shape, or make them static arguments of jax.jit."
     )
 
 
 def mismatched_axes(layer: str, name: str, found: int, n_axes: int) -> ValueError:
     return ValueError(
-        f"{layer} takes a {name} with one number for each axis of its seqshape; got {found} of "
-        f"them for {n_axes} axes."
+        f"{layer} takes a {name} with one number for each axis of its seqshape; got "
+        f"{found} {'number' if found == 1 else 'numbers'} for {n_axes} "
+        f"{'axis' if n_axes == 1 else 'axes'}."
     )
 
 
 def wrong_bounds(layer: str, bounds: Sequence[Any]) -> ValueError:
     return ValueError(
-        f"{layer} takes spatial_coordinate_bounds as (lower, upper), lower first; got {bounds}."
+        f"{layer} takes spatial_coordinate_bounds as (lower, upper) with lower < upper; got "
+        f"{bounds}."
     )
 
 
 def too_wide(layer: str, features: int, d_max: int) -> ValueError:
     return ValueError(
-        f"{layer} fills features up to d_max; inputs have {features} features and d_max is {d_max}."
+        f"{layer} pads features up to d_max; the inputs have {features} features, which is more "
+        f"than d_max {d_max}."
     )
 
 
@@ -154,8 +229,8 @@ def not_a_probability(layer: str, name: str, rate: Any) -> ValueError:
 
 def no_masking_stream(layer: str, rate: float, stream: str) -> ValueError:
     return ValueError(
-        f"{layer} is to mask positions at rate {rate} and has no rng stream {stream!r} to draw "
-        f"from. Give one: apply(variables, inputs, rngs={{{stream!r}: key}})."
+        f"{layer} masks positions at rate {rate} and draws them from the rng stream {stream!r}; "
+        f"got no such stream. Give one: apply(variables, inputs, rngs={{{stream!r}: key}})."
     )
 
 
@@ -164,15 +239,16 @@ def no_masking_stream(layer: str, rate: float, stream: str) -> ValueError:
 
 def not_a_constructor(layer: str, name: str, given: str) -> ValueError:
     return ValueError(
-        f"{layer} takes for {name} a constructor, which it calls to make a module of its own; got "
+        f"{layer} takes a constructor for {name}, which it calls to make its own module; got "
         f"{given}. Give functools.partial(Module, ...) or lambda: Module(...)."
     )
 
 
 def mismatched_positions(layer: str, inputs: Any, positions: Any) -> ValueError:
     return ValueError(
-        f"{layer} aggregates inputs and their positional encoding position by position; the inputs "
-        f"have length {inputs} and the positional encoding has length {positions}."
+        f"{layer} aggregates the inputs and their positional encoding, which must have the same "
+        f"length; the inputs have length {inputs} and the positional encoding has length "
+        f"{positions}."
     )
 
 
@@ -185,8 +261,8 @@ def wrong_embedding(shape: Sequence[Any], features: Any) -> ValueError:
 
 def no_embedding(given: str) -> ValueError:
     return ValueError(
-        f"EmbedDecoding takes an embedding as an array [n_embeddings, features]; got {given}. Of a "
-        f"layer nn.Embed, give its array: EmbedDecoding(embed.embedding)."
+        f"EmbedDecoding takes an embedding as an array [n_embeddings, features]; got {given}. If "
+        f"it is a layer nn.Embed, give its array: EmbedDecoding(embed.embedding)."
     )
 
 
@@ -216,8 +292,8 @@ def wrong_total(layer: str, lengths: Sequence[Any], total: Any, seqlen: Any) -> 
 
 def nothing_to_share(asked: str) -> ValueError:
     return ValueError(
-        f"{asked} takes a multimodal_embedding_decoding for several modalities to share; got 1 "
-        f"modality. Give it that as its own embedding_decoding."
+        f"{asked} takes a multimodal_embedding_decoding only if several modalities share it; got "
+        f"1 modality. Give that modality its own embedding_decoding instead."
     )
 
 

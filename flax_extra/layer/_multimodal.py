@@ -1,4 +1,4 @@
-r"""Several modalities as one sequence, and back.
+r"""Encodes several modalities as one sequence, and decodes each of them from it.
 
 Source: Jaegle et al., "Perceiver IO: A General Architecture for Structured Inputs & Outputs"
 (2021), section 4.3 and appendix A.
@@ -14,25 +14,31 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from flax_extra import combinator as cb
 from flax_extra.layer import _errors
-from flax_extra.layer._constructor import Constructor, check_constructor
+from flax_extra.layer._constructor import (
+    Constructor,
+    check_constructor,
+    make_identity,
+    select_keywords,
+)
+from flax_extra.layer._initializers import TRUNCATED_NORMAL
 from flax_extra.layer._positional import TrainablePositionalMasking, TrainablePositionalPadding
 from flax_extra.layer._positions import OutputPositions, is_traced
+from flax_extra.layer._sharding import shard_like
 
 MultimodalPositions: TypeAlias = Sequence[OutputPositions | None]
-"""For each modality its output positions; None for all of them."""
+"""For each modality its output positions, or None for all its positions."""
 
 
 class MultimodalEncoding(nn.Module):
     r"""Encodes several modalities as one sequence.
 
-    Each modality is encoded, padded with a learned vector to the same features, masked at its rate,
-    and put after those before it:
+    Each modality is encoded, padded with a learned vector to a common number of features, and
+    masked at its rate. Then the modalities are concatenated along time:
 
     .. math:: x_i \in \mathbb{R}^{m \times \dots} \rightarrow
         h \in \mathbb{R}^{m \times (T_1 + \dots + T_n) \times d}, \; [T_1 \dots T_n], \quad
@@ -41,23 +47,27 @@ class MultimodalEncoding(nn.Module):
 
     A single modality is not padded.
 
-    The parameters of modality i are under ``encoder_i``, ``padding_i`` and ``masking_i``, counted
-    from 0. An encoding made with a name keeps it.
+    The parameters of modality i, counted from 0, are in the sub-layers ``encoder_i``, ``padding_i``
+    and ``masking_i``. An encoding that is made with a name keeps it.
 
     Args:
-        modalities: for each modality a constructor for its encoding, such as
+        modalities: for each modality a constructor of its encoding, such as
             :class:`~flax_extra.layer.Encoding`.
-        mask_rates: for each modality the probability of each of its positions being masked; None
-            for one that never is, and has no vector to learn for it.
-        d_reserved: how many features are added to those of the widest modality, so that in each of
-            them there is room for a vector that tells it apart.
-        rng_collection: the rng stream that masked positions are drawn from.
-        dtype: of the result; what the modalities and parameters promote to where it is None.
+        mask_rates: for each modality the probability that a position is masked. A modality with
+            the rate None is never masked, and learns no vector for it.
+        d_reserved: the number of features that are added to those of the widest modality. So every
+            modality is padded, with a vector that distinguishes it from the others.
+        rng_collection: the rng stream from which masked positions are drawn.
+        dtype: of the result; the dtype to which modalities and parameters promote by default.
         param_dtype: of the vectors for padding and masking.
+        padding_init: initializer of the vectors for padding; by default a normal distribution of
+            sigma 0.02, cut at two sigma.
+        masking_init: initializer of the vectors for masking, with the same default.
 
     Raises:
-        ValueError: where there are no modalities, ``mask_rates`` are of another number or not from
-            0 to 1, ``d_reserved`` is below 0, or a constructor is none.
+        ValueError: If there are no modalities, ``mask_rates`` has not one item for each modality or
+            holds a rate that is not from 0 to 1, ``d_reserved`` is below 0, or a modality is not a
+            constructor.
 
     Shapes:
         ``xn.MultimodalEncoding([partial(xn.Encoding, partial(nn.Dense, 16)),
@@ -90,13 +100,15 @@ class MultimodalEncoding(nn.Module):
     rng_collection: str = "masking"
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+    padding_init: Initializer = TRUNCATED_NORMAL
+    masking_init: Initializer = TRUNCATED_NORMAL
 
     def __post_init__(self) -> None:
         _check_modalities(self)
         _check_reserved(self)
         if self.mask_rates is not None:
             self.mask_rates = tuple(self.mask_rates)
-            _check_number(self, "mask_rates", self.mask_rates)
+            _check_one_per_modality(self, "mask_rates", self.mask_rates)
             for rate in self.mask_rates:
                 if rate is not None and not 0 <= rate <= 1:
                     raise _errors.not_a_probability(type(self).__name__, "mask_rates", rate)
@@ -116,44 +128,47 @@ class MultimodalEncoding(nn.Module):
         multimodal_inputs: Sequence[Shaped[Array, "batch ..."]],
         multimodal_output_positions: MultimodalPositions | None = None,
     ) -> tuple[Float[Array, "batch time features"], list[int]]:
-        """The inputs of all modalities as one sequence.
+        """Encodes the inputs of all modalities as one sequence.
 
         Args:
             multimodal_inputs: a list with the inputs of each modality.
-            multimodal_output_positions: a list with the positions of each modality that are
-                encoded, ``[time]``; None, for one or instead of the list, for all positions.
+            multimodal_output_positions: a list with the positions to encode of each modality,
+                ``[time]``, or None for all its positions. None instead of the list stands for all
+                positions of all modalities.
 
         Returns:
             The sequence, ``[batch, time, features]``, and a list with the length of each modality
             in it.
 
         Raises:
-            ValueError: where a list is none or has not one item for each modality, or an encoding
-                does not give ``[batch, time, features]``.
+            ValueError: If an argument is not a list with one item for each modality, or an encoding
+                does not return ``[batch, time, features]``.
         """
-        _check_number(self, "multimodal_inputs", multimodal_inputs)
-        positions = _each_positions(self, multimodal_output_positions)
+        _check_one_per_modality(self, "multimodal_inputs", multimodal_inputs)
+        positions = _list_positions(self, multimodal_output_positions)
         encoded = [
             encode(inputs, at)
             for encode, inputs, at in zip(self.encoder, multimodal_inputs, positions, strict=True)
         ]
-        sequences = _padded(self, encoded)
+        sequences = _pad_features(self, encoded)
         for index, rate in enumerate(self.mask_rates or ()):
             if rate is not None:
                 sequences[index] = TrainablePositionalMasking(
                     rate,
+                    kernel_init=self.masking_init,
                     rng_collection=self.rng_collection,
                     dtype=self.dtype,
                     param_dtype=self.param_dtype,
                     name=f"masking_{index}",
                 )(sequences[index])
-        return _joined(self, sequences)
+        return _concatenate_time(self, sequences)
 
 
 class MultimodalPositionalEncoding(nn.Module):
-    r"""Positional encodings of several modalities as one sequence: queries for all of them.
+    r"""Encodes the positions of several modalities as one sequence, for queries to all of them.
 
-    Each is padded with a learned vector to the same features and put after those before it:
+    Each positional encoding is padded with a learned vector to a common number of features. Then
+    they are concatenated along time:
 
     .. math:: m \in \mathbb{N} \rightarrow
         h \in \mathbb{R}^{m \times (T_1 + \dots + T_n) \times d}, \; [T_1 \dots T_n], \quad
@@ -162,20 +177,22 @@ class MultimodalPositionalEncoding(nn.Module):
 
     A single modality is not padded.
 
-    The parameters of modality i are under ``position_encoder_i`` and ``padding_i``, counted from 0.
-    An encoding made with a name keeps it.
+    The parameters of modality i, counted from 0, are in the sub-layers ``position_encoder_i`` and
+    ``padding_i``. An encoding that is made with a name keeps it.
 
     Args:
-        modalities: for each modality a constructor for its positional encoding, such as
+        modalities: for each modality a constructor of its positional encoding, such as
             :class:`~flax_extra.layer.TrainablePositionalEncoding` or
             :class:`~flax_extra.layer.FourierPositionEncoding`.
-        d_reserved: how many features are added to those of the widest modality.
-        dtype: of the result; what the modalities and parameters promote to where it is None.
+        d_reserved: the number of features that are added to those of the widest modality.
+        dtype: of the result; the dtype to which modalities and parameters promote by default.
         param_dtype: of the vectors for padding.
+        padding_init: initializer of the vectors for padding; by default a normal distribution of
+            sigma 0.02, cut at two sigma.
 
     Raises:
-        ValueError: where there are no modalities, ``d_reserved`` is below 0, or a constructor is
-            none.
+        ValueError: If there are no modalities, ``d_reserved`` is below 0, or a modality is not a
+            constructor.
 
     Shapes:
         ``xn.MultimodalPositionalEncoding([partial(xn.TrainablePositionalEncoding, 20, 8),
@@ -202,6 +219,7 @@ class MultimodalPositionalEncoding(nn.Module):
     d_reserved: int = 1
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+    padding_init: Initializer = TRUNCATED_NORMAL
 
     def __post_init__(self) -> None:
         _check_modalities(self)
@@ -218,49 +236,60 @@ class MultimodalPositionalEncoding(nn.Module):
 
     @nn.compact
     def __call__(
-        self, batch_size: int, multimodal_output_positions: MultimodalPositions | None = None
+        self,
+        batch_size: int,
+        multimodal_output_positions: MultimodalPositions | None = None,
+        *,
+        like: Shaped[Array, "batch ..."] | None = None,
     ) -> tuple[Float[Array, "batch time features"], list[int]]:
-        """The positional encodings of all modalities as one sequence.
+        """Encodes the positions of all modalities as one sequence.
 
         Args:
-            batch_size: how many times they are given.
-            multimodal_output_positions: a list with the positions of each modality that are
-                encoded, ``[time]``; None, for one or instead of the list, for all positions.
+            batch_size: the number of examples.
+            multimodal_output_positions: a list with the positions to encode of each modality,
+                ``[time]``, or None for all its positions. None instead of the list stands for all
+                positions of all modalities.
+            like: an array of the batch, ``[batch, ...]``. On a mesh with explicit axes, and inside
+                ``jax.shard_map``, the result is sharded along the batch as this array is.
 
         Returns:
             The sequence, ``[batch, time, features]``, and a list with the length of each modality
             in it.
 
         Raises:
-            ValueError: where the list of positions is none or has not one item for each modality,
-                or an encoding does not give ``[batch, time, features]``.
+            ValueError: If the output positions are not a list with one item for each modality, or
+                an encoding does not return ``[batch, time, features]``.
         """
-        positions = _each_positions(self, multimodal_output_positions)
+        positions = _list_positions(self, multimodal_output_positions)
         encoded = [
-            encode(batch_size, at)
+            encode(batch_size, at, **select_keywords(encode, like=like))
             for encode, at in zip(self.position_encoder, positions, strict=True)
         ]
-        return _joined(self, _padded(self, encoded))
+        if like is not None:
+            encoded = [shard_like(sequence, like, n_axes=1) for sequence in encoded]
+        return _concatenate_time(self, _pad_features(self, encoded))
 
 
 class MultimodalDecoding(nn.Module):
-    r"""Splits a sequence of several modalities, and decodes each of them.
+    r"""Splits a sequence into its modalities, and decodes each of them.
 
     .. math:: y \in \mathbb{R}^{m \times (T_1 + \dots + T_n) \times d}, \; [T_1 \dots T_n]
         \rightarrow o_i \in \mathbb{R}^{m \times \dots}, \quad
         o_i = \mathrm{decode}_i(\mathrm{split}(\mathrm{decode}(y))_i)
 
-    Its parameters are under ``embedding_decoder`` and, for modality i, ``decoder_i``, counted from
-    0. A decoding made with a name keeps it.
+    The parameters are in the sub-layers ``embedding_decoder`` and, for modality i, counted from 0,
+    ``decoder_i``. A decoding that is made with a name keeps it.
 
     Args:
-        modalities: for each modality a constructor for its decoding, such as
+        modalities: for each modality a constructor of its decoding, such as
             :class:`~flax_extra.layer.Decoding`.
-        multimodal_embedding_decoding: a constructor for a decoder that all modalities share, such
-            as :class:`~flax_extra.layer.EmbedDecoding` or ``nn.Dense``.
+        multimodal_embedding_decoding: a constructor of a decoder that all modalities share, such as
+            :class:`~flax_extra.layer.EmbedDecoding` or ``nn.Dense``. It decodes the whole sequence,
+            before the split.
 
     Raises:
-        ValueError: where there are no modalities, or a constructor is none.
+        ValueError: If there are no modalities, or an argument that should be a constructor is not,
+            for instance a module.
 
     Shapes:
         ``xn.MultimodalDecoding([partial(xn.Decoding, partial(nn.Dense, 3)),
@@ -284,7 +313,7 @@ class MultimodalDecoding(nn.Module):
     """
 
     modalities: Sequence[Constructor]
-    multimodal_embedding_decoding: Constructor = cb.identity
+    multimodal_embedding_decoding: Constructor = make_identity
 
     def __post_init__(self) -> None:
         _check_modalities(self)
@@ -305,27 +334,30 @@ class MultimodalDecoding(nn.Module):
     def __call__(
         self, outputs: Float[Array, "batch time features"], seqlen_outputs: Sequence[int]
     ) -> Shaped[Array, "batch ..."] | list[Shaped[Array, "batch ..."]]:
-        """The decoded outputs of each modality.
+        """Decodes the outputs of each modality.
 
         Args:
             outputs: the model's outputs, ``[batch, time, features]``.
-            seqlen_outputs: a list with the length of each modality in them, Python numbers.
+            seqlen_outputs: a list with the length of each modality in the outputs, as Python
+                numbers.
 
         Returns:
-            The decoded outputs of a single modality; a list of them of several.
+            The decoded outputs: an array if there is one modality, a list of arrays if there are
+            several.
 
         Raises:
-            ValueError: where lengths are not one for each modality, do not sum to the length of
-                the outputs, are below 0 or traced.
+            ValueError: If there is not one length for each modality, the lengths do not sum to the
+                length of the outputs, or a length is below 0 or traced.
         """
-        parts = self._split(self.embedding_decoder(outputs), seqlen_outputs)
+        parts = self._split_time(self.embedding_decoder(outputs), seqlen_outputs)
         decoded = [decode(part) for decode, part in zip(self.decoder, parts, strict=True)]
         return decoded if self.n_modalities > 1 else decoded[0]
 
     @nn.nowrap
-    def _split(self, outputs: Array, lengths: Sequence[int]) -> list[Array]:
+    def _split_time(self, outputs: Array, lengths: Sequence[int]) -> list[Array]:
+        """Splits outputs along time into parts of the given lengths."""
         name = type(self).__name__
-        _check_number(self, "seqlen_outputs", lengths)
+        _check_one_per_modality(self, "seqlen_outputs", lengths)
         if any(map(is_traced, lengths)):
             raise _errors.traced_number(name, "seqlen_outputs")
         ends = list(itertools.accumulate(lengths))
@@ -345,7 +377,7 @@ Encoder: TypeAlias = MultimodalEncoding | MultimodalPositionalEncoding
 
 
 def _check_modalities(layer: Encoder | MultimodalDecoding) -> None:
-    """A tuple of constructors, so that the layer can be hashed."""
+    """Checks the constructors, and makes them a tuple, so that the layer can be hashed."""
     name = type(layer).__name__
     if callable(layer.modalities):
         raise _errors.not_a_list(name, "modalities", type(layer.modalities).__name__)
@@ -361,22 +393,25 @@ def _check_reserved(layer: Encoder) -> None:
         raise _errors.too_small(type(layer).__name__, "d_reserved", 0, layer.d_reserved)
 
 
-def _check_number(layer: Encoder | MultimodalDecoding, name: str, items: Sequence[Any]) -> None:
+def _check_one_per_modality(
+    layer: Encoder | MultimodalDecoding, name: str, items: Sequence[Any]
+) -> None:
     if not isinstance(items, Sequence):
         raise _errors.not_a_list(type(layer).__name__, name, type(items).__name__)
     if len(items) != layer.n_modalities:
         raise _errors.wrong_number(type(layer).__name__, name, len(items), layer.n_modalities)
 
 
-def _each_positions(layer: Encoder, positions: MultimodalPositions | None) -> MultimodalPositions:
+def _list_positions(layer: Encoder, positions: MultimodalPositions | None) -> MultimodalPositions:
+    """Lists the output positions of each modality; None means all positions of all modalities."""
     if positions is None:
         return [None] * layer.n_modalities
-    _check_number(layer, "multimodal_output_positions", positions)
+    _check_one_per_modality(layer, "multimodal_output_positions", positions)
     return positions
 
 
-def _padded(layer: Encoder, encoded: Sequence[Array]) -> list[Array]:
-    """The sequences, with the same features where there are several. For a compact method."""
+def _pad_features(layer: Encoder, encoded: Sequence[Array]) -> list[Array]:
+    """Pads the modalities to a common number of features. To be called in a compact method."""
     for index, sequence in enumerate(encoded):
         if sequence.ndim != 3:
             raise _errors.wrong_rank(
@@ -390,13 +425,17 @@ def _padded(layer: Encoder, encoded: Sequence[Array]) -> list[Array]:
     d_max = max(sequence.shape[-1] for sequence in encoded) + layer.d_reserved
     return [
         TrainablePositionalPadding(
-            d_max, dtype=layer.dtype, param_dtype=layer.param_dtype, name=f"padding_{index}"
+            d_max,
+            kernel_init=layer.padding_init,
+            dtype=layer.dtype,
+            param_dtype=layer.param_dtype,
+            name=f"padding_{index}",
         )(sequence)
         for index, sequence in enumerate(encoded)
     ]
 
 
-def _joined(layer: Encoder, sequences: Sequence[Array]) -> tuple[Array, list[int]]:
-    join = cb.concatenate(axis=1, n_in=layer.n_modalities)
-    joined: Array = join(*promote_dtype(*sequences, dtype=layer.dtype))
-    return joined, [sequence.shape[1] for sequence in sequences]
+def _concatenate_time(layer: Encoder, sequences: Sequence[Array]) -> tuple[Array, list[int]]:
+    """Concatenates the modalities along time, and lists their lengths."""
+    lengths = [sequence.shape[1] for sequence in sequences]
+    return jnp.concatenate(promote_dtype(*sequences, dtype=layer.dtype), axis=1), lengths

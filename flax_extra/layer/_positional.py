@@ -1,4 +1,4 @@
-r"""What tells positions of a sequence apart: learned vectors, and Fourier features.
+r"""Positional layers: learned and Fourier encodings of positions, learned padding and masking.
 
 Source of the definitions: Jaegle et al., "Perceiver IO: A General Architecture for Structured
 Inputs & Outputs" (2021), and Jaegle et al., "Perceiver: General Perception with Iterative
@@ -22,10 +22,15 @@ from jax import Array
 from jaxtyping import Float, Float32, Shaped
 
 from flax_extra.layer import _errors
-from flax_extra.layer._positions import OutputPositions, as_indices, is_traced, rows
-
-KERNEL_INIT: Initializer = nn.initializers.truncated_normal(stddev=0.02)
-"""A normal distribution of sigma 0.02 cut at two sigma; the cut is not corrected for."""
+from flax_extra.layer._initializers import TRUNCATED_NORMAL
+from flax_extra.layer._positions import (
+    OutputPositions,
+    convert_to_indices,
+    is_traced,
+    take_first_rows,
+    take_rows,
+)
+from flax_extra.layer._sharding import broadcast_like
 
 
 class TrainablePositionalEncoding(nn.Module):
@@ -38,12 +43,13 @@ class TrainablePositionalEncoding(nn.Module):
     Args:
         seqlen: the length of the sequence, T.
         dimension: the features of each vector, d.
-        kernel_init: initializes the vectors; a normal of sigma 0.02 cut at two sigma by default.
-        dtype: of the result; that of the parameter where it is None.
+        kernel_init: initializer of the vectors; by default a normal distribution of sigma 0.02,
+            cut at two sigma.
+        dtype: of the result; None for the dtype of the parameter.
         param_dtype: of the parameter.
 
     Raises:
-        ValueError: where ``seqlen`` or ``dimension`` is below 1.
+        ValueError: If ``seqlen`` or ``dimension`` is below 1.
 
     Shapes:
         ``xn.TrainablePositionalEncoding(256, 64)``: ``b -> f32[b, 256, 64]``
@@ -55,47 +61,64 @@ class TrainablePositionalEncoding(nn.Module):
         >>> encoded, variables = encoding.init_with_output(jax.random.key(0), 2)
         >>> encoded.shape, jax.tree.map(jax.numpy.shape, variables)
         ((2, 5, 3), {'params': {'positional_encoding': (5, 3)}})
+
+        The first vectors serve a shorter sequence:
+
+        >>> encoding.apply(variables, 2, length=4).shape
+        (2, 4, 3)
     """
 
     seqlen: int
     dimension: int
-    kernel_init: Initializer = KERNEL_INIT
+    kernel_init: Initializer = TRUNCATED_NORMAL
     dtype: Dtype | None = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     def __post_init__(self) -> None:
-        _check_least(self, "seqlen", 1)
-        _check_least(self, "dimension", 1)
+        _check_at_least(self, "seqlen", 1)
+        _check_at_least(self, "dimension", 1)
         super().__post_init__()
 
     @nn.compact
     def __call__(
-        self, batch_size: int, output_positions: OutputPositions | None = None
+        self,
+        batch_size: int,
+        output_positions: OutputPositions | None = None,
+        *,
+        length: int | None = None,
+        like: Shaped[Array, "batch ..."] | None = None,
     ) -> Float[Array, "batch time features"]:
-        """The vectors of all positions.
+        """Gives the vectors of all positions, or of the first ones, to each example of a batch.
 
         Args:
-            batch_size: how many times they are given.
-            output_positions: cannot be used with this encoding, and must be None.
+            batch_size: the number of examples.
+            output_positions: not supported by this encoding; leave it None.
+            length: the length of the sequence; ``seqlen`` by default.
+            like: an array of the batch, ``[batch, ...]``. On a mesh with explicit axes, and inside
+                ``jax.shard_map``, the result is sharded along the batch as this array is.
 
         Returns:
-            The same vectors for each of the batch, ``[batch, seqlen, dimension]``.
+            The same vectors for each example, ``[batch, length, dimension]``.
 
         Raises:
-            ValueError: where output positions are given, or ``batch_size`` is traced.
+            ValueError: If output positions are given, ``length`` is more than ``seqlen``,
+                ``batch_size`` or ``length`` is traced, or ``like`` has another batch size.
         """
         if output_positions is not None:
             raise _errors.no_subset(type(self).__name__)
         shape = (self.seqlen, self.dimension)
         vectors = self.param("positional_encoding", self.kernel_init, shape, self.param_dtype)
-        return _batched(self, vectors.astype(self.dtype or vectors.dtype), batch_size)
+        vectors = take_first_rows(type(self).__name__, vectors, length)
+        vectors = vectors.astype(self.dtype or vectors.dtype)
+        return _broadcast_to_batch(self, vectors, batch_size, like)
 
 
 class FourierPositionEncoding(nn.Module):
     r"""Computes sines and cosines of each position's coordinates, at several frequencies.
 
-    A sequence of shape :math:`n_1 \times \dots \times n_k` is a grid. Along axis i, coordinates run
-    from the lower to the upper bound, both included, and frequencies from 1 to half the resolution:
+    The positions of a sequence of shape :math:`n_1 \times \dots \times n_k` form a grid. Along axis
+    i, coordinates run from the lower to the upper bound, both included, and frequencies from 1 to
+    half the resolution:
 
     .. math::
 
@@ -104,24 +127,24 @@ class FourierPositionEncoding(nn.Module):
         h(p) &= [c_1 \dots c_k, \; \sin(\pi c_1 f_1) \dots \sin(\pi c_k f_k), \;
             \cos(\pi c_1 f_1) \dots \cos(\pi c_k f_k)]
 
-    so that there are :math:`k \cdot (2 \cdot n_{bands} + 1)` features. They are computed in
-    float32. Positions of a subset give the same rows as the whole grid, to the last bit.
+    There are :math:`k \cdot (2 \cdot n_{bands} + 1)` features. They are computed in float32.
+    Output positions give the same rows as the whole grid, to the last bit.
 
     Args:
-        seqshape: the shape of the sequence, n; its positions are counted row by row.
-        n_bands: how many frequencies there are for each axis.
+        seqshape: the shape of the sequence, n. Positions are counted in row-major order.
+        n_bands: the number of frequencies for each axis.
         spatial_coordinate_bounds: the coordinates of the first and last position of each axis.
         use_spatial_coordinates: whether the coordinates are among the features.
-        use_sine_only: whether the cosines are left out.
-        max_resolution: for each axis, twice its highest frequency, r; ``seqshape`` where None.
-        deepmind_subset: whether output positions are placed at lower + (upper - lower) * p / n, as
-            the code of DeepMind and of Hugging Face's transformers does; weights that were
-            trained with it need it. The whole grid stays as above.
+        use_sine_only: whether to leave the cosines out.
+        max_resolution: for each axis, twice its highest frequency, r; ``seqshape`` by default.
+        deepmind_subset: whether output positions have the coordinates lower + (upper - lower) * p /
+            n, as in the code of DeepMind and of Hugging Face's transformers. Weights that were
+            trained with that code need it. The whole grid is as above in both cases.
         dtype: of the result.
 
     Raises:
-        ValueError: where an axis or ``n_bands`` is below 1, ``max_resolution`` has other axes than
-            ``seqshape``, or the lower bound is not below the upper.
+        ValueError: If an axis or ``n_bands`` is below 1, ``max_resolution`` and ``seqshape`` have
+            different numbers of axes, or the lower bound is not below the upper.
 
     Shapes:
         ``xn.FourierPositionEncoding((28, 28), n_bands=8)``: ``b -> f32[b, 784, 34]``
@@ -148,7 +171,7 @@ class FourierPositionEncoding(nn.Module):
         self.seqshape = tuple(self.seqshape)
         lower, upper = self.spatial_coordinate_bounds
         self.spatial_coordinate_bounds = (lower, upper)
-        _check_least(self, "n_bands", 1)
+        _check_at_least(self, "n_bands", 1)
         if not self.seqshape or min(self.seqshape) < 1:
             raise _errors.too_small(type(self).__name__, "axes in seqshape", 1, self.seqshape)
         if self.max_resolution is not None:
@@ -162,41 +185,60 @@ class FourierPositionEncoding(nn.Module):
         super().__post_init__()
 
     def __call__(
-        self, batch_size: int, output_positions: OutputPositions | None = None
+        self,
+        batch_size: int,
+        output_positions: OutputPositions | None = None,
+        *,
+        length: int | None = None,
+        like: Shaped[Array, "batch ..."] | None = None,
     ) -> Float[Array, "batch time features"]:
-        """The features of all positions, or of some.
+        """Gives the features of all positions, or of some, to each example of a batch.
 
         Args:
-            batch_size: how many times they are given.
-            output_positions: the positions that are encoded, ``[time]``; all where None. A list, a
-                numpy array, or a jax array, which may be traced.
+            batch_size: the number of examples.
+            output_positions: the positions to encode, ``[time]``; all by default. A list, a numpy
+                array, or a jax array, which may be traced.
+            length: the length of the sequence: the first positions of a grid with one axis are
+                encoded. A grid with several axes is encoded as a whole.
+            like: an array of the batch, ``[batch, ...]``. On a mesh with explicit axes, and inside
+                ``jax.shard_map``, the result is sharded along the batch as this array is.
 
         Returns:
-            The same features for each of the batch, ``[batch, time, features]``. Those of a traced
-            position out of range are NaN.
+            The same features for each example, ``[batch, time, features]``. If a traced position
+            is out of range, its features are NaN.
 
         Raises:
-            ValueError: where output positions are no integers on one axis, or are known to be out
-                of range, or ``batch_size`` is traced.
+            ValueError: If output positions are not integers on one axis, or known to be out of
+                range; if ``length`` is more than the grid has positions, not all of them for a
+                grid with several axes, or given together with output positions; if ``batch_size``
+                or ``length`` is traced, or ``like`` has another batch size.
         """
+        name, seqlen = type(self).__name__, math.prod(self.seqshape)
         if output_positions is None:
-            features = self._features(self._tables(endpoint=True), self._over_grid)
+            is_grid = len(self.seqshape) > 1
+            if is_grid and not is_traced(length) and length not in (None, seqlen):
+                raise _errors.part_of_grid(name, length, self.seqshape, seqlen)
+            features = self._encode(self._compute_tables(endpoint=True), self._spread_over_grid)
+            features = take_first_rows(name, features, length)
         else:
-            seqlen = math.prod(self.seqshape)
-            indices = as_indices(type(self).__name__, output_positions, seqlen)
-            unraveled = _unravel(indices, self.seqshape)
-            features = self._features(
-                self._tables(endpoint=not self.deepmind_subset),
-                lambda table, axis: rows(table, unraveled[axis], axis=0),
+            if length is not None:
+                raise _errors.length_and_positions(name, length)
+            indices = convert_to_indices(name, output_positions, seqlen)
+            axis_indices = _unravel_indices(indices, self.seqshape)
+            features = self._encode(
+                self._compute_tables(endpoint=not self.deepmind_subset),
+                lambda table, axis: take_rows(table, axis_indices[axis], axis=0),
             )
-        return _batched(self, features.astype(self.dtype), batch_size)
+        return _broadcast_to_batch(self, features.astype(self.dtype), batch_size, like)
 
     @nn.nowrap
-    def _tables(self, endpoint: bool) -> list[Sequence[Float32[Array, "axis _"]]]:
-        """The kinds of features, each with a table for every axis."""
+    def _compute_tables(self, endpoint: bool) -> list[Sequence[Float32[Array, "axis _"]]]:
+        """Computes coordinates, sines and cosines: for each of them one table for every axis."""
         resolutions = self.max_resolution or self.seqshape
         tables = [
-            _axis_tables(size, resolution, self.n_bands, self.spatial_coordinate_bounds, endpoint)
+            _compute_axis_tables(
+                size, resolution, self.n_bands, self.spatial_coordinate_bounds, endpoint
+            )
             for size, resolution in zip(self.seqshape, resolutions, strict=True)
         ]
         coordinates, sines, cosines = zip(*tables, strict=True)
@@ -207,18 +249,20 @@ class FourierPositionEncoding(nn.Module):
         ]
 
     @nn.nowrap
-    def _features(
+    def _encode(
         self,
         kinds: Sequence[Sequence[Float32[Array, "axis _"]]],
-        spread: Callable[[Float32[Array, "axis _"], int], Float32[Array, "time _"]],
+        look_up: Callable[[Float32[Array, "axis _"], int], Float32[Array, "time _"]],
     ) -> Float32[Array, "time features"]:
-        parts = [spread(table, axis) for kind in kinds for axis, table in enumerate(kind)]
+        """Looks the features of each position up in the tables, and concatenates them."""
+        parts = [look_up(table, axis) for kind in kinds for axis, table in enumerate(kind)]
         return jnp.concatenate(parts, axis=-1)
 
     @nn.nowrap
-    def _over_grid(
+    def _spread_over_grid(
         self, table: Float32[Array, "axis features"], axis: int
     ) -> Float32[Array, "time features"]:
+        """Repeats the table of one axis along the other axes of the grid."""
         features = table.shape[-1]
         grid = (*self.seqshape, features)
         spread = jax.lax.broadcast_in_dim(table, grid, (axis, len(self.seqshape)))
@@ -226,17 +270,18 @@ class FourierPositionEncoding(nn.Module):
 
 
 class TrainablePositionalPadding(nn.Module):
-    r"""Learns a vector that fills the features of each position up to a number.
+    r"""Pads the features of each position up to ``d_max`` with a learned vector.
 
     .. math:: x \in \mathbb{R}^{m \times T \times d} \rightarrow
         h \in \mathbb{R}^{m \times T \times d_{max}}, \quad h_{b,t} = [x_{b,t}, w], \quad
         w \in \mathbb{R}^{1 \times (d_{max} - d)}
 
     Args:
-        d_max: the features of the result. Inputs that have as many come back as they are, and
-            there is no parameter.
-        kernel_init: initializes the vector; a normal of sigma 0.02 cut at two sigma by default.
-        dtype: of the result; what inputs and parameter promote to where it is None.
+        d_max: the number of features of the result. If the inputs have as many, they are returned
+            unchanged and there is no parameter.
+        kernel_init: initializer of the vector; by default a normal distribution of sigma 0.02, cut
+            at two sigma.
+        dtype: of the result; the dtype to which inputs and parameter promote by default.
         param_dtype: of the parameter.
 
     Shapes:
@@ -253,7 +298,7 @@ class TrainablePositionalPadding(nn.Module):
     """
 
     d_max: int
-    kernel_init: Initializer = KERNEL_INIT
+    kernel_init: Initializer = TRUNCATED_NORMAL
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
@@ -261,7 +306,7 @@ class TrainablePositionalPadding(nn.Module):
     def __call__(
         self, inputs: Shaped[Array, "batch *time features"]
     ) -> Float[Array, "batch *time d_max"]:
-        """The inputs, with the vector after the features of each position.
+        """Appends the vector to the features of each position.
 
         Args:
             inputs: a sequence, ``[batch, ..., features]``.
@@ -270,7 +315,7 @@ class TrainablePositionalPadding(nn.Module):
             The padded sequence, ``[batch, ..., d_max]``.
 
         Raises:
-            ValueError: where the inputs have more features than ``d_max``.
+            ValueError: If the inputs have more features than ``d_max``.
         """
         missing = self.d_max - inputs.shape[-1]
         if missing < 0:
@@ -280,30 +325,33 @@ class TrainablePositionalPadding(nn.Module):
             return inputs
         padding = self.param("padding", self.kernel_init, (1, missing), self.param_dtype)
         inputs, padding = promote_dtype(inputs, padding, dtype=self.dtype)
-        return jnp.concatenate([inputs, _at_each_position(padding, inputs)], axis=-1)
+        shape = (*inputs.shape[:-1], missing)
+        vectors = broadcast_like(padding[0], shape, inputs, n_axes=inputs.ndim - 1)
+        return jnp.concatenate([inputs, vectors], axis=-1)
 
 
 class TrainablePositionalMasking(nn.Module):
-    r"""Learns a vector that takes the place of positions chosen at random.
+    r"""Replaces positions that are drawn at random by a learned vector.
 
     .. math:: x \in \mathbb{R}^{m \times T \times d} \rightarrow
         h \in \mathbb{R}^{m \times T \times d}, \quad
         h_{b,t} = \begin{cases} w & \text{with probability } rate \\ x_{b,t} & \text{otherwise}
         \end{cases}, \quad w \in \mathbb{R}^{1 \times d}
 
-    It is a part of the model and not a regularizer: there is no ``deterministic`` to switch it off.
+    Masking is part of the model and not a regularizer: ``deterministic`` does not switch it off.
 
     Args:
-        rate: the probability of each position being masked.
-        kernel_init: initializes the vector; a normal of sigma 0.02 cut at two sigma by default.
-        rng_collection: the rng stream that positions are drawn from. As for every stream of
-            linen's, ``params`` stands in where it is missing and that one is given, as in ``init``.
-            At a rate of exactly 0 or 1 there is nothing to draw and no rng is needed.
-        dtype: of the result; what inputs and parameter promote to where it is None.
+        rate: the probability that a position is masked.
+        kernel_init: initializer of the vector; by default a normal distribution of sigma 0.02, cut
+            at two sigma.
+        rng_collection: the rng stream from which masked positions are drawn. As for every stream
+            of linen, the stream ``params`` is used if this one is not given, as in ``init``. A
+            rate of exactly 0 or 1 needs no rng.
+        dtype: of the result; the dtype to which inputs and parameter promote by default.
         param_dtype: of the parameter.
 
     Raises:
-        ValueError: where ``rate`` is not from 0 to 1.
+        ValueError: If ``rate`` is not from 0 to 1.
 
     Shapes:
         ``xn.TrainablePositionalMasking(rate=0.5)``: ``f32[b, t, 64] -> f32[b, t, 64]``
@@ -321,7 +369,7 @@ class TrainablePositionalMasking(nn.Module):
     """
 
     rate: float
-    kernel_init: Initializer = KERNEL_INIT
+    kernel_init: Initializer = TRUNCATED_NORMAL
     rng_collection: str = "masking"
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -335,7 +383,7 @@ class TrainablePositionalMasking(nn.Module):
     def __call__(
         self, inputs: Shaped[Array, "batch *time features"]
     ) -> Float[Array, "batch *time features"]:
-        """The inputs, with the vector in place of masked positions.
+        """Replaces the masked positions by the vector.
 
         Args:
             inputs: a sequence, ``[batch, ..., features]``.
@@ -344,11 +392,11 @@ class TrainablePositionalMasking(nn.Module):
             The masked sequence, of the same shape.
 
         Raises:
-            ValueError: where positions are to be drawn and the rng stream is missing.
+            ValueError: If the rate is between 0 and 1 and the rng stream is not given.
         """
         mask = self.param("mask", self.kernel_init, (1, inputs.shape[-1]), self.param_dtype)
         inputs, mask = promote_dtype(inputs, mask, dtype=self.dtype)
-        vectors = _at_each_position(mask, inputs)
+        vectors = broadcast_like(mask[0], inputs.shape, inputs, n_axes=inputs.ndim)
         if self.rate in (0, 1):
             return vectors if self.rate == 1 else inputs
         if not (self.has_rng(self.rng_collection) or self.has_rng("params")):
@@ -360,21 +408,21 @@ class TrainablePositionalMasking(nn.Module):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _axis_tables(
+def _compute_axis_tables(
     size: int, resolution: float, n_bands: int, bounds: tuple[float, float], endpoint: bool
 ) -> tuple[
     Float32[Array, "axis 1"], Float32[Array, "axis n_bands"], Float32[Array, "axis n_bands"]
 ]:
-    """Coordinates, sines and cosines at each position of one axis.
+    """Computes coordinates, sines and cosines at each position of one axis.
 
-    The barrier keeps XLA from computing them again, in another way, inside of what reads them:
-    rows of a subset are the bits of the whole grid.
+    The barrier keeps XLA from fusing this computation into the code that reads the tables, where it
+    may round differently. So the rows of output positions are the bits of the whole grid.
     """
     lower, upper = bounds
     steps = max(size - endpoint, 1)
     index = jnp.arange(size, dtype=jnp.float32)[:, None]
-    # As few roundings as can be, for high frequencies multiply the error: of whole bounds the
-    # numerator is exact.
+    # A rounding error of a coordinate is multiplied by the frequency. This form rounds once if the
+    # bounds are integers: the numerator is exact.
     coordinates = (lower * (steps - index) + upper * index) / steps
     bands = np.linspace(1, resolution / 2, n_bands, dtype=np.float32)[None, :]
     phases = np.float32(np.pi) * (coordinates * bands)
@@ -382,27 +430,34 @@ def _axis_tables(
     return jax.lax.optimization_barrier(tables)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _unravel(indices: Array, shape: Sequence[int]) -> list[Array]:
-    """Row-major positions as an index for each axis; out of range stays so, on every axis."""
-    inside = indices < math.prod(shape)
+def _unravel_indices(indices: Array, shape: Sequence[int]) -> list[Array]:
+    """Converts row-major indices of a grid to indices along each axis.
+
+    An index out of range is out of range along every axis, so that all its features are NaN.
+    """
+    is_inside = indices < math.prod(shape)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     return [
-        jnp.where(inside, indices // stride % size, size)
+        jnp.where(is_inside, indices // stride % size, size)
         for size, stride in zip(shape, strides, strict=True)
     ]
 
 
-def _batched(layer: nn.Module, vectors: Array, batch_size: int) -> Array:
+def _broadcast_to_batch(
+    layer: nn.Module, vectors: Array, batch_size: int, like: Array | None
+) -> Array:
+    """Repeats vectors for each example of a batch, sharded as ``like`` is."""
     if is_traced(batch_size):
         raise _errors.traced_number(type(layer).__name__, "batch_size")
-    return jnp.broadcast_to(vectors, (batch_size, *vectors.shape))
+    shape = (batch_size, *vectors.shape)
+    if like is None:
+        return jnp.broadcast_to(vectors, shape)
+    if like.shape[:1] != shape[:1]:
+        raise _errors.other_batch(type(layer).__name__, batch_size, like.shape)
+    return broadcast_like(vectors, shape, like, n_axes=1)
 
 
-def _at_each_position(vector: Array, sequence: Array) -> Array:
-    return jnp.broadcast_to(vector[0], (*sequence.shape[:-1], vector.shape[-1]))
-
-
-def _check_least(layer: nn.Module, name: str, least: int) -> None:
+def _check_at_least(layer: nn.Module, name: str, least: int) -> None:
     value: Any = getattr(layer, name)
     if value < least:
         raise _errors.too_small(type(layer).__name__, name, least, value)

@@ -1,4 +1,4 @@
-"""Positions of a subset of a sequence: a list, a numpy array, or an array that jax traces."""
+"""Output positions: some of the positions of a sequence, and the rows of a table at them."""
 
 from __future__ import annotations
 
@@ -16,37 +16,59 @@ from flax_extra.layer import _errors
 OutputPositions: TypeAlias = (
     Sequence[int] | Integer[Array, " time"] | Integer[np.ndarray[Any, Any], " time"]
 )
-"""Integers from 0 on, on one axis; of a grid, row-major (the last axis runs fastest)."""
+"""Integers from 0 on one axis: a list, a numpy array, or a jax array, which may be traced.
+
+In a grid, positions are counted in row-major order: along the last axis first.
+"""
 
 
-def as_indices(layer: str, positions: OutputPositions, seqlen: int) -> Int32[Array, " time"]:
-    """Output positions as an array for :func:`rows`, in range as far as can be known.
+def convert_to_indices(
+    layer: str, positions: OutputPositions, seqlen: int
+) -> Int32[Array, " time"]:
+    """Converts output positions to indices for :func:`take_rows`.
 
-    A traced position that is out of range becomes ``seqlen``, also where it is negative, which
-    numpy and jax would count from the end.
+    A position out of range is an error if its value is known. If it is traced it becomes the index
+    ``seqlen``, for which :func:`take_rows` gives NaN. This holds for negative ones, too: numpy and
+    jax would count them from the end.
     """
-    known = None if _is_traced(positions) else np.asarray(positions)
-    given = jnp.asarray(positions) if known is None else known
+    is_known = not any(map(is_traced, jax.tree.leaves(positions)))
+    given: Any = np.asarray(positions) if is_known else jnp.asarray(positions)
     if given.ndim != 1 or not (given.size == 0 or jnp.issubdtype(given.dtype, jnp.integer)):
         raise _errors.wrong_positions(layer, given.dtype, given.shape)
-    if known is None:
-        return jnp.where((given >= 0) & (given < seqlen), given, seqlen).astype(jnp.int32)
-    for position in known[(known < 0) | (known >= seqlen)][:1]:
-        raise _errors.position_out_of_range(layer, position, seqlen)
-    return jnp.asarray(known, jnp.int32)
+    is_inside = (given >= 0) & (given < seqlen)
+    if not is_known:
+        return jnp.where(is_inside, given, seqlen).astype(jnp.int32)
+    if not is_inside.all():
+        raise _errors.position_out_of_range(layer, given[~is_inside][0], seqlen)
+    return jnp.asarray(given, jnp.int32)
 
 
-def rows(
+def take_rows(
     table: Shaped[Array, "*axes"], indices: Int32[Array, " time"], axis: int
 ) -> Shaped[Array, "*axes"]:
-    """The rows at the indices along an axis; what is out of range is NaN, as for ``jnp.take``."""
+    """Takes the rows at some indices along an axis; a row at an index out of range is NaN."""
     return jnp.take(table, indices, axis=axis, mode="fill")
 
 
+def take_first_rows(
+    layer: str, table: Shaped[Array, "seqlen features"], length: int | None
+) -> Shaped[Array, "length features"]:
+    """Takes the first ``length`` rows, or all of them for None.
+
+    Whether a symbolic length is within the table may be undecidable: then JAX's error says so.
+    """
+    seqlen = table.shape[0]
+    if length is None:
+        return table
+    if is_traced(length):
+        raise _errors.traced_number(layer, "length")
+    if length < 0:
+        raise _errors.too_small(layer, "length", 0, length)
+    if length > seqlen:
+        raise _errors.too_long(layer, length, seqlen)
+    return table if length == seqlen else jax.lax.slice_in_dim(table, 0, length)
+
+
 def is_traced(x: object) -> bool:
-    """Whether the value of a number is known only when the program runs."""
+    """Tells whether a number is known only when the program runs."""
     return isinstance(x, jax.core.Tracer)
-
-
-def _is_traced(positions: OutputPositions) -> bool:
-    return any(map(is_traced, jax.tree.leaves(positions)))

@@ -1,8 +1,8 @@
-"""What goes into a model and comes out of it, for one modality or for several.
+"""Constructors of a model's encodings and decodings, for one modality or for several.
 
-A model that takes constructors for its ends need not know how many modalities there are. Each
-function here gives such a constructor: for one modality that of its own layer, for several that of
-the multimodal layer around them.
+A model that makes its encodings and decodings by constructors need not know how many modalities
+there are. Each function here returns such a constructor: of the modality's own layer if there is
+one modality, of a multimodal layer around them if there are several.
 
     >>> import functools, jax
     >>> from flax import linen as nn
@@ -22,8 +22,8 @@ the multimodal layer around them.
     >>> sequence.shape, lengths
     ((2, 21, 16), [5, 16])
 
-A modality is a mapping with the fields of its layer, or a constructor. What is built takes further
-fields when it is called, such as ``name`` or ``dtype`` where the layer has it.
+A modality is a mapping with the fields of its layer, or a constructor. The constructors that are
+returned take further fields of the layer that they make, such as ``name`` or ``padding_init``.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 
-from flax_extra import combinator as cb
 from flax_extra.layer import _errors
-from flax_extra.layer._constructor import Constructor, check_constructor
+from flax_extra.layer._constructor import Constructor, check_constructor, make_identity
 from flax_extra.layer._decoding import Decoding
 from flax_extra.layer._encoding import Encoding
 from flax_extra.layer._multimodal import (
@@ -50,7 +49,7 @@ from flax_extra.layer._multimodal import (
 __all__ = ["input_encoding", "query_encoding", "output_decoding", "target_encoding"]
 
 Modality: TypeAlias = Mapping[str, Any] | Constructor
-"""The fields of a modality's layer, or a constructor for a layer of one's own."""
+"""The fields of a modality's layer, or a constructor of any other layer."""
 
 
 def input_encoding(
@@ -60,24 +59,25 @@ def input_encoding(
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
 ) -> Constructor:
-    """A constructor for the encoding of a model's inputs.
+    """Makes a constructor of the encoding of a model's inputs.
 
     Args:
-        modalities: for each the fields of its :class:`~flax_extra.layer.Encoding`, or a
+        modalities: for each modality the fields of its :class:`~flax_extra.layer.Encoding`, or a
             constructor.
-        mask_rates: for each modality the probability of its positions being masked. Where they are
-            given, the encoding of one modality too is multimodal, as it is that which masks.
-        d_reserved: the features added to those of the widest of several modalities.
-        dtype: of what is learned for padding and masking, and of the joined sequence.
-        param_dtype: of the parameters for padding and masking.
+        mask_rates: for each modality the probability that a position is masked. If they are given,
+            a single modality is encoded by a :class:`~flax_extra.layer.MultimodalEncoding`, too,
+            because that layer does the masking.
+        d_reserved: the number of features that are added to those of the widest of several
+            modalities.
+        dtype: of the encoding of several modalities.
+        param_dtype: of the vectors for padding and masking.
 
     Returns:
-        A constructor: of the modality's encoding for one, of a
-        :class:`~flax_extra.layer.MultimodalEncoding` for several.
+        A constructor of the modality's encoding if there is one modality and no mask rate, of a
+        :class:`~flax_extra.layer.MultimodalEncoding` otherwise.
 
     Raises:
-        ValueError: where there are no modalities, or one is neither fields nor a constructor; when
-            it is called, as the layers say.
+        ValueError: If there are no modalities, or one is neither fields nor a constructor.
 
     Shapes:
         ``io.input_encoding({'preprocessing': partial(nn.Dense, 16)}, {'preprocessing':
@@ -89,7 +89,7 @@ def input_encoding(
         >>> type(io.input_encoding({})()).__name__, type(io.input_encoding({}, {})()).__name__
         ('Encoding', 'MultimodalEncoding')
     """
-    constructors = _constructors("input_encoding", Encoding, modalities)
+    constructors = _make_constructors("input_encoding", Encoding, modalities)
     multimodal = functools.partial(
         MultimodalEncoding,
         constructors,
@@ -107,22 +107,22 @@ def target_encoding(
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
 ) -> Constructor:
-    """A constructor for the encoding of a model's targets: that of inputs, none of them masked.
+    """Makes a constructor of the encoding of a model's targets: an input encoding without masking.
 
     Args:
-        modalities: for each the fields of its :class:`~flax_extra.layer.Encoding`, or a
+        modalities: for each modality the fields of its :class:`~flax_extra.layer.Encoding`, or a
             constructor.
-        d_reserved: the features added to those of the widest of several modalities.
-        dtype: of what is learned for padding, and of the joined sequence.
-        param_dtype: of the parameters for padding.
+        d_reserved: the number of features that are added to those of the widest of several
+            modalities.
+        dtype: of the encoding of several modalities.
+        param_dtype: of the vectors for padding.
 
     Returns:
-        A constructor: of the modality's encoding for one, of a
-        :class:`~flax_extra.layer.MultimodalEncoding` for several.
+        A constructor of the modality's encoding if there is one modality, of a
+        :class:`~flax_extra.layer.MultimodalEncoding` if there are several.
 
     Raises:
-        ValueError: where there are no modalities, or one is neither fields nor a constructor; when
-            it is called, as the layers say.
+        ValueError: If there are no modalities, or one is neither fields nor a constructor.
 
     Shapes:
         ``io.target_encoding({'preprocessing': partial(nn.Dense, 16)})()``: ``f32[b, t, 4] ->
@@ -144,23 +144,23 @@ def query_encoding(
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
 ) -> Constructor:
-    """A constructor for the queries that ask a model for its outputs, position by position.
+    """Makes a constructor of the queries for a model's outputs, one for each output position.
 
     Args:
-        modalities: for each a constructor for its positional encoding, such as
+        modalities: for each modality a constructor of its positional encoding, such as
             :class:`~flax_extra.layer.TrainablePositionalEncoding` or
             :class:`~flax_extra.layer.FourierPositionEncoding`.
-        d_reserved: the features added to those of the widest of several modalities.
-        dtype: of what is learned for padding, and of the joined sequence.
-        param_dtype: of the parameters for padding.
+        d_reserved: the number of features that are added to those of the widest of several
+            modalities.
+        dtype: of the encoding of several modalities.
+        param_dtype: of the vectors for padding.
 
     Returns:
-        A constructor: the modality's own for one, of a
-        :class:`~flax_extra.layer.MultimodalPositionalEncoding` for several.
+        The modality's own constructor if there is one modality, a constructor of a
+        :class:`~flax_extra.layer.MultimodalPositionalEncoding` if there are several.
 
     Raises:
-        ValueError: where there are no modalities, or one is no constructor; when it is called, as
-            the layers say.
+        ValueError: If there are no modalities, or one is not a constructor.
 
     Shapes:
         ``io.query_encoding(partial(xn.TrainablePositionalEncoding, 20, 8))()``: ``b -> f32[b,
@@ -173,7 +173,7 @@ def query_encoding(
         >>> io.query_encoding(image)()(batch_size=2).shape
         (2, 16, 10)
     """
-    constructors = _constructors("query_encoding", None, modalities)
+    constructors = _make_constructors("query_encoding", None, modalities)
     multimodal = functools.partial(
         MultimodalPositionalEncoding,
         constructors,
@@ -185,23 +185,23 @@ def query_encoding(
 
 
 def output_decoding(
-    *modalities: Modality, multimodal_embedding_decoding: Constructor = cb.identity
+    *modalities: Modality, multimodal_embedding_decoding: Constructor = make_identity
 ) -> Constructor:
-    """A constructor for the decoding of a model's outputs.
+    """Makes a constructor of the decoding of a model's outputs.
 
     Args:
-        modalities: for each the fields of its :class:`~flax_extra.layer.Decoding`, or a
+        modalities: for each modality the fields of its :class:`~flax_extra.layer.Decoding`, or a
             constructor.
-        multimodal_embedding_decoding: a constructor for a decoder that several modalities share;
-            one modality has its own ``embedding_decoding``.
+        multimodal_embedding_decoding: a constructor of a decoder that several modalities share. A
+            single modality has its own ``embedding_decoding`` instead.
 
     Returns:
-        A constructor: of the modality's decoding for one, of a
-        :class:`~flax_extra.layer.MultimodalDecoding` for several.
+        A constructor of the modality's decoding if there is one modality, of a
+        :class:`~flax_extra.layer.MultimodalDecoding` if there are several.
 
     Raises:
-        ValueError: where there are no modalities, one is neither fields nor a constructor, or a
-            single one is given a decoder to share; when it is called, as the layers say.
+        ValueError: If there are no modalities, one is neither fields nor a constructor, or there is
+            a shared decoder for a single modality.
 
     Shapes:
         ``io.output_decoding({'embedding_decoding': partial(nn.Dense, 3)},
@@ -218,15 +218,15 @@ def output_decoding(
         >>> [modality.shape for modality in decoded]
         [(2, 16, 8), (2, 1, 10)]
     """
-    constructors = _constructors("output_decoding", Decoding, modalities)
+    constructors = _make_constructors("output_decoding", Decoding, modalities)
     if len(constructors) > 1:
         return functools.partial(MultimodalDecoding, constructors, multimodal_embedding_decoding)
-    if multimodal_embedding_decoding is not cb.identity:
+    if multimodal_embedding_decoding is not make_identity:
         raise _errors.nothing_to_share("output_decoding")
     return constructors[0]
 
 
-def _constructors(
+def _make_constructors(
     asked: str, layer: Callable[..., nn.Module] | None, modalities: Sequence[Modality]
 ) -> list[Constructor]:
     if not modalities:

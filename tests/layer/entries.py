@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
 from hypothesis import strategies as st
 
 from flax_extra import layer as xn
 
-Dtypes = Mapping[str, Any]
-"""Fields to build a layer with: ``{}`` or ``{"dtype": jnp.bfloat16}``, say."""
+Fields = Mapping[str, Any]
+"""Fields to build a layer with: ``{"dtype": jnp.bfloat16}`` or ``{"kernel_init": ...}``, say."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,25 +30,27 @@ class Entry:
     Attributes:
         name: the public name in ``flax_extra.layer``; ``io.input_encoding`` for one in a submodule.
             What follows a colon tells entries of one name apart: ``"LSTM: return_sequences"``.
-        make: builds a fresh layer, or gives the function, from dtype fields. What has no such
-            fields ignores them.
+        make: builds a fresh layer, or gives the function, from fields: dtypes, or those that
+            ``initializers`` names. What has no such fields ignores them.
         inputs: the positional arguments of a call. Floating point ones are float32.
         output_shapes: a shape, or a tuple or list of them, as the call returns it; a plain number
             that the call returns stands for itself.
         param_shapes: the golden parameter tree, a documented API; empty where there are none.
         repeatable: whether the first output has the shape of the first input, for ``cb.repeat``.
         rngs: the names of the rng streams that a call needs, other than ``params``.
+        initializers: the fields that initialize its parameters, each with a name for every axis.
         shapes: what ``testing.check_shapes`` is told beyond the annotations: sizes that the fields
             of ``make`` restrict, dtypes, constants. None for a variant of what is checked already.
     """
 
     name: str
-    make: Callable[[Dtypes], Callable[..., Any]]
+    make: Callable[[Fields], Callable[..., Any]]
     inputs: Callable[[], tuple[Any, ...]]
     output_shapes: Any
     param_shapes: Mapping[str, Any]
     repeatable: bool = False
     rngs: tuple[str, ...] = ()
+    initializers: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     shapes: Mapping[str, Any] | None = None
 
 
@@ -69,6 +72,20 @@ MASK = np.array([[[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]] * 2, bool)
 
 def _attend_by_mask(query: Any, key: Any, value: Any, mask: Any) -> Any:
     return xn.attend(query, key, value, mask)
+
+
+ATTENTION_NAMES = {
+    "kernel_init": ("features", "heads", "head_features"),
+    "bias_init": ("heads", "head_features"),
+    "out_kernel_init": ("all_heads", "features"),
+    "out_bias_init": ("features",),
+}
+DENSE_NAMES = {"kernel_init": ("features", "hidden"), "bias_init": ("hidden",)}
+FEED_FORWARD_NAMES = {
+    **DENSE_NAMES,
+    "out_kernel_init": ("hidden", "features"),
+    "out_bias_init": ("features",),
+}
 
 
 def _dense(*shape: int) -> Mapping[str, Any]:
@@ -116,7 +133,7 @@ LAYER_ENTRIES = [
     ),
     Entry(
         name="Attention",
-        make=lambda dtypes: xn.Attention(n_heads=2, **dtypes),
+        make=lambda fields: xn.Attention(n_heads=2, **fields),
         inputs=lambda: (sequence(2, 3, 4), sequence(2, 4, 6, seed=1), MASK),
         output_shapes=(2, 3, 4),
         param_shapes={
@@ -126,12 +143,13 @@ LAYER_ENTRIES = [
             "out": _dense(4, 4),
         },
         repeatable=True,
+        initializers=ATTENTION_NAMES,
         shapes={"sizes": {"features_q": PAIRED, **HEADS}, "dtypes": MASKS},
     ),
     Entry(
         name="Attention: dropout",
-        make=lambda dtypes: xn.Attention(
-            n_heads=2, d_v=6, d_output=5, dropout_rate=0.5, deterministic=False, **dtypes
+        make=lambda fields: xn.Attention(
+            n_heads=2, d_v=6, d_output=5, dropout_rate=0.5, deterministic=False, **fields
         ),
         inputs=lambda: (sequence(2, 3, 4), sequence(2, 4, 6, seed=1), MASK),
         output_shapes=(2, 3, 5),
@@ -142,10 +160,11 @@ LAYER_ENTRIES = [
             "out": _dense(6, 5),
         },
         rngs=("dropout",),
+        initializers=ATTENTION_NAMES,
     ),
     Entry(
         name="QKVAttention",
-        make=lambda dtypes: xn.QKVAttention(n_heads=2, use_bias=False, **dtypes),
+        make=lambda fields: xn.QKVAttention(n_heads=2, use_bias=False, **fields),
         inputs=lambda: (sequence(2, 3, 4), sequence(2, 4, 6, seed=1), None),
         output_shapes=(2, 3, 4),
         param_shapes={
@@ -155,10 +174,11 @@ LAYER_ENTRIES = [
             "out": {"kernel": (4, 4)},
         },
         repeatable=True,
+        initializers=ATTENTION_NAMES,
     ),
     Entry(
         name="KVQAttention",
-        make=lambda dtypes: xn.KVQAttention(n_heads=2, **dtypes),
+        make=lambda fields: xn.KVQAttention(n_heads=2, **fields),
         inputs=lambda: (sequence(2, 3, 4), sequence(2, 4, 6, seed=1), MASK),
         output_shapes=(2, 3, 4),
         param_shapes={
@@ -168,11 +188,12 @@ LAYER_ENTRIES = [
             "out": _dense(6, 4),
         },
         repeatable=True,
+        initializers=ATTENTION_NAMES,
         shapes={"sizes": {"features_kv": PAIRED, **HEADS}, "dtypes": MASKS},
     ),
     Entry(
         name="SelfAttention",
-        make=lambda dtypes: xn.SelfAttention(n_heads=2, **dtypes),
+        make=lambda fields: xn.SelfAttention(n_heads=2, **fields),
         inputs=lambda: (sequence(2, 4, 6), np.tril(np.ones((1, 4, 4), np.int32))),
         output_shapes=(2, 4, 6),
         param_shapes={
@@ -182,16 +203,27 @@ LAYER_ENTRIES = [
             "out": _dense(6, 6),
         },
         repeatable=True,
+        initializers=ATTENTION_NAMES,
         shapes={"sizes": {"features_in": PAIRED, **HEADS}, "dtypes": MASKS},
     ),
     Entry(
         name="FeedForward",
-        make=lambda dtypes: xn.FeedForward(widening_factor=3, **dtypes),
+        make=lambda fields: xn.FeedForward(widening_factor=3, **fields),
         inputs=lambda: (sequence(2, 5, 4),),
         output_shapes=(2, 5, 4),
         param_shapes={"Dense_0": _dense(4, 12), "Dense_1": _dense(12, 4)},
         repeatable=True,
+        initializers=FEED_FORWARD_NAMES,
         shapes={},
+    ),
+    Entry(
+        name="FeedForward: gated",
+        make=lambda fields: xn.FeedForward(activation=nn.silu, d_hidden=6, gated=True, **fields),
+        inputs=lambda: (sequence(2, 5, 4),),
+        output_shapes=(2, 5, 4),
+        param_shapes={"gate": _dense(4, 6), "up": _dense(4, 6), "out": _dense(6, 4)},
+        repeatable=True,
+        initializers=FEED_FORWARD_NAMES,
     ),
     Entry(
         name="LSTMCell",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,11 +15,20 @@ from jaxtyping import Float, Integer
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
 from flax_extra.layer import io
-from tests.layer.entries import Dtypes, Entry, sequence
+from tests.layer.entries import Entry, Fields, sequence
 
 EMBEDDING = np.linspace(-1, 1, 21, dtype=np.float32).reshape(7, 3)
 """A table that embeds 7 tokens with 3 features each."""
 
+
+KERNEL_NAMES = {"kernel_init": ("rows", "columns")}
+DENSE_NAMES = {**KERNEL_NAMES, "bias_init": ("columns",)}
+MULTIMODAL_NAMES = {
+    **DENSE_NAMES,
+    "embedding_init": ("rows", "columns"),
+    "padding_init": ("one", "columns"),
+    "masking_init": ("one", "columns"),
+}
 
 BATCH = Annotated[int, "batch"]
 IMAGE_AND_LABEL = [Float[Array, "batch 2 3 pixels"], Integer[Array, "batch 1"]]
@@ -27,38 +38,49 @@ def _dense(d_in: int, d_out: int) -> dict[str, Any]:
     return {"kernel": (d_in, d_out), "bias": (d_out,)}
 
 
-def _image(dtypes: Dtypes) -> dict[str, Any]:
+def _pick(layer: Callable[..., Any], fields: Fields) -> dict[str, Any]:
+    """Those of the fields that a layer has."""
+    names = inspect.signature(layer).parameters
+    return {name: value for name, value in fields.items() if name in names}
+
+
+def _image(fields: Fields) -> dict[str, Any]:
     """Pixels to 4 features, and 14 Fourier features beside them."""
-    only_dtype = {name: dtypes[name] for name in dtypes if name == "dtype"}
     return {
-        "preprocessing": functools.partial(nn.Dense, 4, **dtypes),
+        "preprocessing": functools.partial(nn.Dense, 4, **_pick(nn.Dense, fields)),
         "positional_encoding": functools.partial(
-            xn.FourierPositionEncoding, (2, 3), n_bands=3, **only_dtype
+            xn.FourierPositionEncoding,
+            (2, 3),
+            n_bands=3,
+            **_pick(xn.FourierPositionEncoding, fields),
         ),
     }
 
 
-def _label(dtypes: Dtypes) -> dict[str, Any]:
+def _place(fields: Fields) -> Any:
+    return functools.partial(
+        xn.TrainablePositionalEncoding, 1, 3, **_pick(xn.TrainablePositionalEncoding, fields)
+    )
+
+
+def _label(fields: Fields) -> dict[str, Any]:
     """A token to 3 features, with a learned encoding added."""
     return {
-        "preprocessing": functools.partial(nn.Embed, 7, 3, **dtypes),
-        "positional_encoding": functools.partial(xn.TrainablePositionalEncoding, 1, 3, **dtypes),
+        "preprocessing": functools.partial(nn.Embed, 7, 3, **_pick(nn.Embed, fields)),
+        "positional_encoding": _place(fields),
         "aggregation": cb.add(),
     }
 
 
-def _queries(dtypes: Dtypes) -> list[Any]:
-    return [
-        _image(dtypes)["positional_encoding"],
-        functools.partial(xn.TrainablePositionalEncoding, 1, 3, **dtypes),
-    ]
+def _queries(fields: Fields) -> list[Any]:
+    return [_image(fields)["positional_encoding"], _place(fields)]
 
 
-def _readouts(dtypes: Dtypes) -> list[dict[str, Any]]:
+def _readouts(fields: Fields) -> list[dict[str, Any]]:
     """An image from the first positions, classes from the last."""
     return [
         {"postprocessing": lambda: lambda image: image.reshape(image.shape[0], 2, 3, -1)},
-        {"embedding_decoding": functools.partial(nn.Dense, 5, **dtypes)},
+        {"embedding_decoding": functools.partial(nn.Dense, 5, **_pick(nn.Dense, fields))},
     ]
 
 
@@ -91,15 +113,16 @@ DECODED = {"decoder_1": {"embedding_decoder": _dense(4, 5)}}
 MULTIMODAL_ENTRIES: list[Entry] = [
     Entry(
         name="TrainablePositionalEncoding",
-        make=lambda dtypes: xn.TrainablePositionalEncoding(seqlen=5, dimension=3, **dtypes),
+        make=lambda fields: xn.TrainablePositionalEncoding(seqlen=5, dimension=3, **fields),
         inputs=lambda: (2,),
         output_shapes=(2, 5, 3),
         param_shapes={"positional_encoding": (5, 3)},
+        initializers=KERNEL_NAMES,
         shapes={"annotations": {"batch_size": BATCH, "output_positions": None}},
     ),
     Entry(
         name="FourierPositionEncoding",
-        make=lambda dtypes: _image(dtypes)["positional_encoding"](),
+        make=lambda fields: _image(fields)["positional_encoding"](),
         inputs=lambda: (2,),
         output_shapes=(2, 6, 14),
         param_shapes={},
@@ -107,35 +130,57 @@ MULTIMODAL_ENTRIES: list[Entry] = [
     ),
     Entry(
         name="FourierPositionEncoding: positions",
-        make=lambda dtypes: cb.fn(_image(dtypes)["positional_encoding"](), n_in=2),
+        make=lambda fields: cb.fn(_image(fields)["positional_encoding"](), n_in=2),
         inputs=lambda: (2, np.array([5, 0, 3])),
         output_shapes=(2, 3, 14),
         param_shapes={},
     ),
     Entry(
         name="TrainablePositionalPadding",
-        make=lambda dtypes: xn.TrainablePositionalPadding(d_max=8, **dtypes),
+        make=lambda fields: xn.TrainablePositionalPadding(d_max=8, **fields),
         inputs=lambda: (sequence(2, 5, 3),),
         output_shapes=(2, 5, 8),
         param_shapes={"padding": (1, 5)},
+        initializers=KERNEL_NAMES,
         shapes={},
     ),
     Entry(
         name="TrainablePositionalMasking",
-        make=lambda dtypes: xn.TrainablePositionalMasking(rate=0.5, **dtypes),
+        make=lambda fields: xn.TrainablePositionalMasking(rate=0.5, **fields),
         inputs=lambda: (sequence(2, 5, 3),),
         output_shapes=(2, 5, 3),
         param_shapes={"mask": (1, 3)},
         repeatable=True,
         rngs=("masking",),
+        initializers=KERNEL_NAMES,
         shapes={},
     ),
     Entry(
+        name="Learned",
+        make=lambda fields: xn.Learned(n_vectors=4, dimension=3, **fields),
+        inputs=lambda: (sequence(2, 5, 6),),
+        output_shapes=(2, 4, 3),
+        param_shapes={"vectors": (4, 3)},
+        initializers=KERNEL_NAMES,
+        shapes={"annotations": {"inputs": Float[Array, "batch time features"]}},
+    ),
+    Entry(
+        name="interpolate_positions",
+        make=lambda fields: xn.interpolate_positions,
+        inputs=lambda: (sequence(4, 3), 7),
+        output_shapes=(7, 3),
+        param_shapes={},
+        shapes={
+            "annotations": {"seqshape": Annotated[int, "new_positions"], "table_seqshape": None}
+        },
+    ),
+    Entry(
         name="Encoding",
-        make=lambda dtypes: xn.Encoding(**_image(dtypes)),
+        make=lambda fields: xn.Encoding(**_image(fields)),
         inputs=lambda: (sequence(2, 2, 3, 3),),
         output_shapes=(2, 6, 18),
         param_shapes=ENCODED_IMAGE,
+        initializers=DENSE_NAMES,
         shapes={
             "annotations": {"inputs": Float[Array, "batch 2 3 features_in"]},
             "sizes": {"features": 18},
@@ -143,49 +188,56 @@ MULTIMODAL_ENTRIES: list[Entry] = [
     ),
     Entry(
         name="EmbedDecoding",
-        make=lambda dtypes: xn.EmbedDecoding(EMBEDDING, **dtypes),
+        make=lambda fields: xn.EmbedDecoding(EMBEDDING, **fields),
         inputs=lambda: (sequence(2, 5, 3),),
         output_shapes=(2, 5, 7),
         param_shapes={"bias": (7,)},
+        initializers={"bias_init": ("columns",)},
         shapes={},
     ),
     Entry(
         name="Decoding",
-        make=lambda dtypes: xn.Decoding(functools.partial(nn.Dense, 3, **dtypes)),
+        make=lambda fields: xn.Decoding(functools.partial(nn.Dense, 3, **_pick(nn.Dense, fields))),
         inputs=lambda: (sequence(2, 5, 3),),
         output_shapes=(2, 5, 3),
         param_shapes={"embedding_decoder": _dense(3, 3)},
         repeatable=True,
+        initializers=DENSE_NAMES,
         shapes={},
     ),
     Entry(
         name="MultimodalEncoding",
-        make=lambda dtypes: xn.MultimodalEncoding(
-            _constructors(xn.Encoding, [_image(dtypes), _label(dtypes)]),
+        make=lambda fields: xn.MultimodalEncoding(
+            _constructors(xn.Encoding, [_image(fields), _label(fields)]),
             mask_rates=[None, 0.5],
             d_reserved=2,
-            **dtypes,
+            **_pick(xn.MultimodalEncoding, fields),
         ),
         inputs=_inputs,
         output_shapes=((2, 7, 20), [6, 1]),
         param_shapes={**ENCODED, "masking_1": {"mask": (1, 20)}},
         rngs=("masking",),
+        initializers=MULTIMODAL_NAMES,
         shapes={"annotations": {"multimodal_inputs": IMAGE_AND_LABEL}},
     ),
     Entry(
         name="MultimodalPositionalEncoding",
-        make=lambda dtypes: xn.MultimodalPositionalEncoding(_queries(dtypes), **dtypes),
+        make=lambda fields: xn.MultimodalPositionalEncoding(
+            _queries(fields), **_pick(xn.MultimodalPositionalEncoding, fields)
+        ),
         inputs=lambda: (2,),
         output_shapes=((2, 7, 15), [6, 1]),
         param_shapes=QUERIES,
+        initializers=MULTIMODAL_NAMES,
         shapes={"annotations": {"batch_size": BATCH}},
     ),
     Entry(
         name="MultimodalDecoding",
-        make=lambda dtypes: xn.MultimodalDecoding(_constructors(xn.Decoding, _readouts(dtypes))),
+        make=lambda fields: xn.MultimodalDecoding(_constructors(xn.Decoding, _readouts(fields))),
         inputs=lambda: (sequence(2, 7, 4), [6, 1]),
         output_shapes=[(2, 2, 3, 4), (2, 1, 5)],
         param_shapes=DECODED,
+        initializers=DENSE_NAMES,
         shapes={
             "annotations": {
                 "outputs": Float[Array, "batch 7 features"],
@@ -196,41 +248,48 @@ MULTIMODAL_ENTRIES: list[Entry] = [
     ),
     Entry(
         name="io.input_encoding",
-        make=lambda dtypes: io.input_encoding(
-            _image(dtypes), _label(dtypes), d_reserved=2, **dtypes
-        )(),
+        make=lambda fields: io.input_encoding(
+            _image(fields), _label(fields), d_reserved=2, **_pick(io.input_encoding, fields)
+        )(**_pick(xn.MultimodalEncoding, fields)),
         inputs=_inputs,
         output_shapes=((2, 7, 20), [6, 1]),
         param_shapes=ENCODED,
+        initializers=MULTIMODAL_NAMES,
     ),
     Entry(
         name="io.input_encoding: one",
-        make=lambda dtypes: io.input_encoding(_image(dtypes))(),
+        make=lambda fields: io.input_encoding(_image(fields))(),
         inputs=lambda: (sequence(2, 2, 3, 3),),
         output_shapes=(2, 6, 18),
         param_shapes=ENCODED_IMAGE,
+        initializers=DENSE_NAMES,
     ),
     Entry(
         name="io.target_encoding",
-        make=lambda dtypes: io.target_encoding(
-            _image(dtypes), _label(dtypes), d_reserved=2, **dtypes
-        )(),
+        make=lambda fields: io.target_encoding(
+            _image(fields), _label(fields), d_reserved=2, **_pick(io.target_encoding, fields)
+        )(**_pick(xn.MultimodalEncoding, fields)),
         inputs=_inputs,
         output_shapes=((2, 7, 20), [6, 1]),
         param_shapes=ENCODED,
+        initializers=MULTIMODAL_NAMES,
     ),
     Entry(
         name="io.query_encoding",
-        make=lambda dtypes: io.query_encoding(*_queries(dtypes), **dtypes)(),
+        make=lambda fields: io.query_encoding(
+            *_queries(fields), **_pick(io.query_encoding, fields)
+        )(**_pick(xn.MultimodalPositionalEncoding, fields)),
         inputs=lambda: (2,),
         output_shapes=((2, 7, 15), [6, 1]),
         param_shapes=QUERIES,
+        initializers=MULTIMODAL_NAMES,
     ),
     Entry(
         name="io.output_decoding",
-        make=lambda dtypes: io.output_decoding(*_readouts(dtypes))(),
+        make=lambda fields: io.output_decoding(*_readouts(fields))(),
         inputs=lambda: (sequence(2, 7, 4), [6, 1]),
         output_shapes=[(2, 2, 3, 4), (2, 1, 5)],
         param_shapes=DECODED,
+        initializers=DENSE_NAMES,
     ),
 ]

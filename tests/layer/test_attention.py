@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from typing import Any
 
 import jax
@@ -348,6 +349,50 @@ def test_a_missing_rng_is_named() -> None:
         layer.apply(variables, normal(1, 2, 4), None)
 
 
+def _constant(value: float) -> Any:
+    return nn.initializers.constant(value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (1, 2)),
+        ({"out_kernel_init": _constant(3)}, (3, 2)),
+        ({"out_bias_init": _constant(4)}, (1, 4)),
+    ],
+)
+def test_initializers_of_the_output_are_those_of_the_others_by_default(
+    fields: dict[str, Any], expected: tuple[float, float]
+) -> None:
+    layer = xn.SelfAttention(n_heads=2, kernel_init=_constant(1), bias_init=_constant(2), **fields)
+    params = layer.init(jax.random.key(0), normal(1, 3, 4), None)["params"]
+    for name in ("query", "key", "value"):
+        np.testing.assert_array_equal(params[name]["kernel"], np.full((4, 2, 2), 1))
+        np.testing.assert_array_equal(params[name]["bias"], np.full((2, 2), 2))
+    kernel, bias = expected
+    np.testing.assert_array_equal(params["out"]["kernel"], np.full((4, 4), kernel))
+    np.testing.assert_array_equal(params["out"]["bias"], np.full(4, bias))
+
+
+def test_attention_is_plain_code() -> None:
+    """A trace makes no pipeline: no call of the combinators."""
+    layer, x = xn.SelfAttention(n_heads=2), normal(1, 3, 4)
+    variables = layer.init(jax.random.key(0), x, None)
+    files = set()
+
+    def note_file(frame: Any, event: str, arg: object) -> None:
+        files.add(frame.f_code.co_filename)
+
+    sys.setprofile(note_file)
+    try:
+        jax.eval_shape(layer.apply, variables, x, None)
+    finally:
+        sys.setprofile(None)
+    ours = {file for file in files if "flax_extra" in file}
+    assert any("_attention" in file for file in ours)
+    assert not any("combinator" in file for file in ours)
+
+
 # In pipelines.
 
 
@@ -450,15 +495,15 @@ QUERY, KEY, VALUE = (
         (
             lambda: xn.attend(QUERY, KEY, VALUE, np.ones((2, 3, 5), np.float32)),
             (
-                "attend takes a mask of booleans or integers, where what is not zero is attended "
-                "to; got float32. Compare it first, as in mask > 0."
+                "attend takes a mask of booleans or integers, non-zero where a query attends to a "
+                "key; got float32. Compare it first, as in mask > 0."
             ),
         ),
         (
             lambda: xn.attend(QUERY, KEY, VALUE, dropout_rate=0.5),
             (
-                "attend is to drop weights at rate 0.5 and has no key to draw from: dropout_rngkey "
-                "is None. Give a dropout_rngkey, or say deterministic=True."
+                "attend needs a dropout_rngkey for dropout at rate 0.5; got None. Give a key, or "
+                "say deterministic=True."
             ),
         ),
         (
@@ -472,8 +517,8 @@ QUERY, KEY, VALUE = (
         (
             lambda: xn.SelfAttention(n_heads=4, d_qk=6),
             (
-                "SelfAttention splits d_qk among its heads; d_qk is 6 and n_heads is 4, which does "
-                "not divide it. Choose a multiple of 4."
+                "SelfAttention splits d_qk evenly among its heads; d_qk is 6 and n_heads is 4. "
+                "Choose a d_qk that is a multiple of 4."
             ),
         ),
         (lambda: xn.Attention(n_heads=4, d_v=10), "d_v is 10 and n_heads is 4"),
@@ -481,13 +526,13 @@ QUERY, KEY, VALUE = (
         (lambda: xn.Attention(n_heads=0), "Attention takes n_heads of at least 1; got 0."),
         (
             lambda: xn.SelfAttention(n_heads=4).init(jax.random.key(0), normal(1, 2, 6), None),
-            "SelfAttention splits d_qk among its heads; d_qk is 6 and n_heads is 4",
+            "SelfAttention splits d_qk evenly among its heads; d_qk is 6 and n_heads is 4",
         ),
         (
             lambda: xn.Attention().init(jax.random.key(0), normal(1, 2, 8), normal(2, 8), None),
             (
                 "Attention takes inputs_kv with axes [batch, time, features]; got shape [2, 8], "
-                "which has 2 of them."
+                "which has 2 axes."
             ),
         ),
         (
@@ -509,5 +554,8 @@ def test_an_error_in_a_pipeline_says_where() -> None:
     with pytest.raises(ValueError, match="broadcasts") as caught:
         pipeline.init(jax.random.key(0), normal(2, 3, 4), np.ones((2, 3), bool))
     (note,) = [note for note in caught.value.__notes__ if note.startswith("flax_extra")]
-    assert note.startswith("flax_extra: in serial[1] -> SelfAttention")
-    assert "attend" in note
+    assert note == (
+        "flax_extra: in serial[1] -> SelfAttention\n"
+        "  signature: 2 -> 1\n"
+        "  stack: f32[2, 3, 4], bool[2, 3]"
+    )

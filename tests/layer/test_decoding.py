@@ -36,6 +36,17 @@ def test_embed_decoding_starts_without_bias() -> None:
     np.testing.assert_array_equal(variables["params"]["bias"], np.zeros(7))
 
 
+def test_embed_decoding_without_bias_is_a_product() -> None:
+    decoding = xn.EmbedDecoding(EMBEDDING, use_bias=False)
+    assert decoding.init(KEY, OUTPUTS) == {}
+    np.testing.assert_array_equal(decoding.apply({}, OUTPUTS), OUTPUTS @ EMBEDDING.T)
+
+
+def test_embed_decoding_initializes_its_bias() -> None:
+    decoding = xn.EmbedDecoding(EMBEDDING, bias_init=nn.initializers.constant(3))
+    np.testing.assert_array_equal(decoding.init(KEY, OUTPUTS)["params"]["bias"], np.full(7, 3))
+
+
 class InSetup(nn.Module):
     """Tokens to features and back, with one table."""
 
@@ -102,7 +113,7 @@ def test_decoding_without_fields_changes_nothing() -> None:
             lambda: xn.EmbedDecoding(nn.Embed(7, 4)),
             (
                 "EmbedDecoding takes an embedding as an array [n_embeddings, features]; got "
-                "Embed. Of a layer nn.Embed, give its array: EmbedDecoding(embed.embedding)."
+                "Embed. If it is a layer nn.Embed, give its array: EmbedDecoding(embed.embedding)."
             ),
         ),
         (
@@ -116,9 +127,8 @@ def test_decoding_without_fields_changes_nothing() -> None:
         (
             lambda: xn.Decoding(postprocessing=nn.Dense(4)),
             (
-                "Decoding takes for postprocessing a constructor, which it calls to make a "
-                "module of its own; got Dense. Give functools.partial(Module, ...) or "
-                "lambda: Module(...)."
+                "Decoding takes a constructor for postprocessing, which it calls to make its own "
+                "module; got Dense. Give functools.partial(Module, ...) or lambda: Module(...)."
             ),
         ),
     ],

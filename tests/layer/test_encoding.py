@@ -19,6 +19,7 @@ from flax_extra import layer as xn
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(KEY, (2, 3, 4, 5))
+FIVE = jnp.zeros((2, 5, 3))
 fourier = functools.partial(xn.FourierPositionEncoding, (3, 4), n_bands=2)
 
 
@@ -97,6 +98,62 @@ def test_output_positions_without_a_positional_encoding() -> None:
     np.testing.assert_array_equal(found, IMAGES.reshape(2, 12, 5)[:, [7, 2]])
 
 
+@pytest.mark.parametrize("seqlen", [12, 17])
+def test_the_first_learned_positions_serve_a_shorter_sequence(seqlen: int) -> None:
+    learned = functools.partial(xn.TrainablePositionalEncoding, seqlen, 5)
+    encoding = xn.Encoding(positional_encoding=learned, aggregation=cb.add())
+    encoded, variables = encoding.init_with_output(KEY, IMAGES)
+    table = variables["params"]["position_encoder"]["positional_encoding"]
+    assert table.shape == (seqlen, 5)
+    np.testing.assert_array_equal(encoded, IMAGES.reshape(2, 12, 5) + table[None, :12])
+
+
+def test_the_first_positions_of_an_axis_serve_a_shorter_sequence() -> None:
+    axis = functools.partial(xn.FourierPositionEncoding, (17,), n_bands=2)
+    encoded = xn.Encoding(positional_encoding=axis).apply({}, IMAGES)
+    np.testing.assert_array_equal(encoded[..., 5:], axis()(2)[:, :12])
+
+
+def test_a_positional_encoding_is_told_what_it_asks_for() -> None:
+    def encode(batch: int, at: Any, **keywords: Any) -> Any:
+        calls.append((batch, at, keywords))
+        return jnp.zeros((batch, 12 if at is None else len(at), 1))
+
+    calls: list[Any] = []
+    asking = [
+        lambda batch, at: encode(batch, at),
+        lambda batch, at, *, length: encode(batch, at, length=length),
+        lambda batch, at, *, like: encode(batch, at, like=like.shape),
+    ]
+    for function in asking:
+        encoding = xn.Encoding(positional_encoding=lambda: function)  # noqa: B023
+        encoding.apply({}, IMAGES)
+        encoding.apply({}, IMAGES, [3, 1])
+    at = [3, 1]
+    assert calls == [
+        (2, None, {}),
+        (2, at, {}),
+        (2, None, {"length": 12}),
+        (2, at, {"length": None}),
+        (2, None, {"like": (2, 12, 5)}),
+        (2, at, {"like": (2, 2, 5)}),
+    ]
+
+
+def test_learned_positions_serve_every_length_up_to_theirs() -> None:
+    learned = functools.partial(xn.TrainablePositionalEncoding, 64, 5)
+    encoding = xn.Encoding(positional_encoding=learned, aggregation=cb.add())
+    for constraints, message in [(["t <= 64"], None), ([], "inconclusive")]:
+        batch, time = export.symbolic_shape("b, t", constraints=constraints)
+        texts = jax.ShapeDtypeStruct((batch, time, 5), jnp.float32)
+        init = functools.partial(jax.eval_shape, encoding.init_with_output, KEY, texts)
+        if message is None:
+            assert init()[0].shape == (batch, time, 5)
+        else:
+            with pytest.raises(Exception, match=message):
+                init()
+
+
 def test_shapes_are_known_for_every_batch_and_number_of_positions() -> None:
     batch, time = export.symbolic_shape("b, t")
     encoding = xn.Encoding(positional_encoding=fourier)
@@ -122,24 +179,23 @@ def test_the_default_aggregation_reads_as_in_the_reference() -> None:
         (
             lambda: xn.Encoding(nn.Dense(4)),
             (
-                "Encoding takes for preprocessing a constructor, which it calls to make a "
-                "module of its own; got Dense. Give functools.partial(Module, ...) or "
-                "lambda: Module(...)."
+                "Encoding takes a constructor for preprocessing, which it calls to make its own "
+                "module; got Dense. Give functools.partial(Module, ...) or lambda: Module(...)."
             ),
         ),
         (
             lambda: xn.Encoding(positional_encoding=fourier()),
             (
-                "Encoding takes for positional_encoding a constructor, which it calls to "
-                "make a module of its own; got FourierPositionEncoding. Give "
-                "functools.partial(Module, ...) or lambda: Module(...)."
+                "Encoding takes a constructor for positional_encoding, which it calls to make its "
+                "own module; got FourierPositionEncoding. Give functools.partial(Module, ...) or "
+                "lambda: Module(...)."
             ),
         ),
         (
             lambda: xn.Encoding().apply({}, jnp.ones(3)),
             (
                 "Encoding takes inputs with axes [batch, ..., features]; got shape [3], "
-                "which has 1 of them."
+                "which has 1 axis."
             ),
         ),
         (
@@ -149,9 +205,28 @@ def test_the_default_aggregation_reads_as_in_the_reference() -> None:
         (
             lambda: xn.Encoding(positional_encoding=fourier).apply({}, IMAGES[:, :2]),
             (
-                "Encoding aggregates inputs and their positional encoding position by "
-                "position; the inputs have length 8 and the positional encoding has length "
-                "12."
+                "FourierPositionEncoding encodes a grid of several axes as a whole, here [3, 4] "
+                "with 12 positions; got a sequence of length 8. Build it with the seqshape of the "
+                "inputs, or give output positions."
+            ),
+        ),
+        (
+            lambda: xn.Encoding(
+                positional_encoding=functools.partial(xn.TrainablePositionalEncoding, 8, 5)
+            ).init(KEY, IMAGES),
+            (
+                "TrainablePositionalEncoding has 8 positions; got a sequence of length 12. "
+                "Shorten the sequence, or build the layer with 12 positions; "
+                "xn.interpolate_positions resizes a table that is trained already."
+            ),
+        ),
+        (
+            lambda: xn.Encoding(positional_encoding=lambda: lambda batch, at: FIVE).apply(
+                {}, IMAGES
+            ),
+            (
+                "Encoding aggregates the inputs and their positional encoding, which must have the "
+                "same length; the inputs have length 12 and the positional encoding has length 5."
             ),
         ),
     ],

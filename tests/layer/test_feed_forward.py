@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,8 +67,81 @@ def test_precision_reaches_every_product() -> None:
     assert program.count("dot_general") == program.count("precision = [HIGHEST, HIGHEST]") == 2
 
 
-def test_errors() -> None:
-    with pytest.raises(
-        ValueError, match=r"^FeedForward takes widening_factor of at least 1; got 0\.$"
-    ):
-        xn.FeedForward(widening_factor=0)
+@pytest.mark.parametrize("activation", [nn.silu, nn.gelu, nn.PReLU()])
+def test_the_gated_form_is_the_formula(activation: object) -> None:
+    x = normal(2, 4)
+    layer = xn.FeedForward(
+        activation=activation, bias_init=nn.initializers.normal(1.0), d_hidden=6, gated=True
+    )
+    found, variables = layer.init_with_output(jax.random.key(0), x)
+    params = dict(variables["params"])
+    activate = activation
+    if "activation" in params:
+        activate = nn.PReLU().bind({"params": params.pop("activation")})
+    assert jax.tree.map(jnp.shape, params) == {
+        "gate": {"kernel": (4, 6), "bias": (6,)},
+        "up": {"kernel": (4, 6), "bias": (6,)},
+        "out": {"kernel": (6, 4), "bias": (4,)},
+    }
+
+    def apply(name: str, inputs: Any) -> np.ndarray:
+        p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params[name])
+        return np.asarray(inputs, np.float64) @ p["kernel"] + p["bias"]
+
+    hidden = np.asarray(activate(apply("gate", x).astype(np.float32))) * apply("up", x)
+    np.testing.assert_allclose(found, apply("out", hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_initializers_and_biases(gated: bool) -> None:
+    constant = nn.initializers.constant
+    fields = {"kernel_init": constant(1), "bias_init": constant(2), "gated": gated}
+    first = {"gate", "up"} if gated else {"Dense_0"}
+    (last,) = {"out"} if gated else {"Dense_1"}
+
+    def values(**others: Any) -> tuple[set[Any], set[Any]]:
+        layer = xn.FeedForward(2, **fields, **others)
+        params = jax.tree.map(np.unique, layer.init(jax.random.key(0), normal(2, 3))["params"])
+        assert set(params) == {*first, last}
+        of_first, of_last = (
+            {(name, value.item()) for part in parts for name, value in params[part].items()}
+            for parts in (first, [last])
+        )
+        return of_first, of_last
+
+    given = {("kernel", 1), ("bias", 2)}
+    assert values() == (given, given)
+    assert values(out_kernel_init=constant(3)) == (given, {("kernel", 3), ("bias", 2)})
+    assert values(out_bias_init=constant(4)) == (given, {("kernel", 1), ("bias", 4)})
+    assert values(use_bias=False) == ({("kernel", 1)}, {("kernel", 1)})
+
+
+def test_d_hidden_is_the_width_of_the_hidden_layer() -> None:
+    x = normal(2, 4)
+    by_number, by_factor = xn.FeedForward(d_hidden=12), xn.FeedForward(widening_factor=3)
+    variables = by_factor.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(by_number.apply(variables, x), by_factor.apply(variables, x))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            lambda: xn.FeedForward(widening_factor=0),
+            "FeedForward takes widening_factor of at least 1; got 0.",
+        ),
+        (lambda: xn.FeedForward(d_hidden=0), "FeedForward takes d_hidden of at least 1; got 0."),
+        (
+            lambda: xn.FeedForward(widening_factor=4, d_hidden=8),
+            (
+                "FeedForward takes the width of its hidden layer from d_hidden or from "
+                "widening_factor, not from both; got d_hidden 8 and widening_factor 4. Give one of "
+                "them."
+            ),
+        ),
+    ],
+)
+def test_errors(wrong: Any, message: str) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  # the whole text is compared
+        wrong()
+    assert str(raised.value) == message

@@ -104,24 +104,24 @@ def test_one_model_for_one_modality_or_several() -> None:
         (
             lambda: io.output_decoding({}, xn.Decoding()),
             (
-                "output_decoding takes for modalities[1] a constructor, which it calls to make a "
-                "module of its own; got Decoding. Give functools.partial(Module, ...) or lambda: "
+                "output_decoding takes a constructor for modalities[1], which it calls to make "
+                "its own module; got Decoding. Give functools.partial(Module, ...) or lambda: "
                 "Module(...)."
             ),
         ),
         (
             lambda: io.query_encoding({}),
             (
-                "query_encoding takes for modalities[0] a constructor, which it calls to make a "
-                "module of its own; got dict. Give functools.partial(Module, ...) or lambda: "
+                "query_encoding takes a constructor for modalities[0], which it calls to make its "
+                "own module; got dict. Give functools.partial(Module, ...) or lambda: "
                 "Module(...)."
             ),
         ),
         (
             lambda: io.output_decoding({}, multimodal_embedding_decoding=nn.Dense),
             (
-                "output_decoding takes a multimodal_embedding_decoding for several modalities to "
-                "share; got 1 modality. Give it that as its own embedding_decoding."
+                "output_decoding takes a multimodal_embedding_decoding only if several modalities "
+                "share it; got 1 modality. Give that modality its own embedding_decoding instead."
             ),
         ),
     ],

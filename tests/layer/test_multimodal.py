@@ -158,6 +158,32 @@ def test_shapes_are_known_for_every_batch_and_length() -> None:
     assert [part.shape for part in decoded] == [(batch, time, 8), (batch, 1, 8)]
 
 
+def test_the_dtype_is_that_of_a_single_modality_too() -> None:
+    encoding = xn.MultimodalEncoding([xn.Encoding], dtype=jnp.bfloat16)
+    assert encoding.apply({}, [LABEL])[0].dtype == jnp.bfloat16
+
+
+def test_padding_and_masking_have_initializers_of_their_own() -> None:
+    constant = nn.initializers.constant
+    encoding = xn.MultimodalEncoding(
+        [xn.Encoding] * 2,
+        mask_rates=[1.0, None],
+        padding_init=constant(3),
+        masking_init=constant(4),
+    )
+    params = encoding.init(KEY, [IMAGE, LABEL])["params"]
+    values = jax.tree.map(lambda leaf: np.unique(leaf).tolist(), params)
+    assert values == {
+        "padding_0": {"padding": [3]},
+        "padding_1": {"padding": [3]},
+        "masking_0": {"mask": [4]},
+    }
+    queries = xn.MultimodalPositionalEncoding([grid, place], padding_init=constant(5))
+    params = queries.init(KEY, 2)["params"]
+    for index in range(2):
+        np.testing.assert_array_equal(np.unique(params[f"padding_{index}"]["padding"]), [5])
+
+
 # Positional encoding.
 
 
@@ -281,9 +307,9 @@ OUTPUTS = jnp.ones((2, 13, 8))
         (
             lambda: xn.MultimodalDecoding([xn.Decoding, nn.Dense(3)]),
             (
-                "MultimodalDecoding takes for modalities[1] a constructor, which it calls to "
-                "make a module of its own; got Dense. Give functools.partial(Module, ...) or "
-                "lambda: Module(...)."
+                "MultimodalDecoding takes a constructor for modalities[1], which it calls to make "
+                "its own module; got Dense. Give functools.partial(Module, ...) or lambda: "
+                "Module(...)."
             ),
         ),
         (
@@ -351,7 +377,7 @@ OUTPUTS = jnp.ones((2, 13, 8))
             lambda: xn.MultimodalEncoding([lambda: lambda x, at: x]).init(KEY, [IMAGE]),
             (
                 "MultimodalEncoding takes the encoding of modality 0 with axes [batch, time, "
-                "features]; got shape [2, 3, 4, 5], which has 4 of them."
+                "features]; got shape [2, 3, 4, 5], which has 4 axes."
             ),
         ),
         (
@@ -375,9 +401,9 @@ OUTPUTS = jnp.ones((2, 13, 8))
         (
             lambda: jax.jit(lambda lengths: DECODING.apply({}, OUTPUTS, lengths))([12, 1]),
             (
-                "MultimodalDecoding takes seqlen_outputs as Python numbers, since they size its "
-                "result; got a traced array. Take them from a shape, or keep them out of what "
-                "jax.jit traces."
+                "MultimodalDecoding takes Python numbers for seqlen_outputs, because they set the "
+                "shape of its result; got a traced array. Take them from an array's shape, or make "
+                "them static arguments of jax.jit."
             ),
         ),
     ],
@@ -390,5 +416,7 @@ def test_wording_of_errors(wrong: Any, message: str) -> None:
 def test_a_missing_masking_stream_is_named() -> None:
     encoding = xn.MultimodalEncoding([xn.Encoding] * 2, mask_rates=[0.5, None])
     variables = encoding.init(KEY, [IMAGE, LABEL])
-    with pytest.raises(ValueError, match=r"at rate 0\.5 and has no rng stream 'masking' to draw"):
+    with pytest.raises(
+        ValueError, match=r"at rate 0\.5 and draws them from the rng stream 'masking'"
+    ):
         encoding.apply(variables, [IMAGE, LABEL])

@@ -63,8 +63,36 @@ def test_trainable_encoding_is_drawn_from_a_normal_cut_at_two_sigma() -> None:
 
 def test_trainable_encoding_gives_no_subset() -> None:
     encoding = xn.TrainablePositionalEncoding(seqlen=5, dimension=3)
-    with pytest.raises(ValueError, match=r"^TrainablePositionalEncoding learns its sequence"):
+    with pytest.raises(ValueError, match=r"^TrainablePositionalEncoding gives the vectors of"):
         encoding.init(KEY, 1, [0, 1])
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 5])
+def test_trainable_encoding_gives_the_first_positions(length: int) -> None:
+    encoding = xn.TrainablePositionalEncoding(seqlen=5, dimension=3)
+    variables = encoding.init(KEY, 2)
+    expected = encoding.apply(variables, 2)[:, :length]
+    np.testing.assert_array_equal(encoding.apply(variables, 2, length=length), expected)
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 5])
+def test_fourier_gives_the_first_positions_of_an_axis(length: int) -> None:
+    encoding = xn.FourierPositionEncoding((5,), 2)
+    np.testing.assert_array_equal(encoding(2, length=length), encoding(2)[:, :length])
+
+
+def test_fourier_gives_a_grid_as_a_whole() -> None:
+    encoding = xn.FourierPositionEncoding((2, 3), 2)
+    np.testing.assert_array_equal(encoding(2, length=6), encoding(2))
+
+
+@pytest.mark.parametrize(
+    "encoding", [xn.TrainablePositionalEncoding(6, 3), xn.FourierPositionEncoding((2, 3), 2)]
+)
+def test_an_array_of_the_batch_changes_no_numbers(encoding: Any) -> None:
+    expected, variables = encoding.init_with_output(KEY, 4)
+    found = encoding.apply(variables, 4, like=jnp.full((4, 1), jnp.nan))
+    np.testing.assert_array_equal(found, expected)
 
 
 # Fourier position encoding.
@@ -266,7 +294,7 @@ def test_masking_draws_from_the_stream_its_field_names() -> None:
     masking = xn.TrainablePositionalMasking(0.5, rng_collection="hiding")
     variables = masking.init(KEY, inputs)
     assert masking.apply(variables, inputs, rngs={"hiding": KEY}).shape == inputs.shape
-    with pytest.raises(ValueError, match="has no rng stream 'hiding' to draw from"):
+    with pytest.raises(ValueError, match="from the rng stream 'hiding'; got no such stream"):
         masking.apply(variables, inputs, rngs={"masking": KEY})
 
 
@@ -297,17 +325,74 @@ FOURIER = xn.FourierPositionEncoding((4, 6), 2)
         (
             lambda: xn.TrainablePositionalEncoding(5, 3).init(KEY, 1, [0]),
             (
-                "TrainablePositionalEncoding learns its sequence as a whole and gives no "
-                "subset of it; got output positions. Leave them out, or use "
-                "FourierPositionEncoding."
+                "TrainablePositionalEncoding gives the vectors of a whole sequence, not of output "
+                "positions; got output positions. Leave them out, or use FourierPositionEncoding."
+            ),
+        ),
+        (
+            lambda: xn.TrainablePositionalEncoding(5, 3).init(KEY, 1, length=6),
+            (
+                "TrainablePositionalEncoding has 5 positions; got a sequence of length 6. Shorten "
+                "the sequence, or build the layer with 6 positions; xn.interpolate_positions "
+                "resizes a table that is trained already."
+            ),
+        ),
+        (
+            lambda: xn.TrainablePositionalEncoding(5, 3).init(KEY, 1, length=-1),
+            "TrainablePositionalEncoding takes length of at least 0; got -1.",
+        ),
+        (
+            lambda: jax.jit(lambda n: xn.FourierPositionEncoding((5,), 2)(1, length=n))(3),
+            (
+                "FourierPositionEncoding takes Python numbers for length, because they set the "
+                "shape of its result; got a traced array. Take them from an array's shape, or make "
+                "them static arguments of jax.jit."
+            ),
+        ),
+        (
+            lambda: jax.jit(lambda n: FOURIER(1, length=n))(24),
+            (
+                "FourierPositionEncoding takes Python numbers for length, because they set the "
+                "shape of its result; got a traced array. Take them from an array's shape, or make "
+                "them static arguments of jax.jit."
+            ),
+        ),
+        (
+            lambda: xn.FourierPositionEncoding((5,), 2)(1, length=6),
+            (
+                "FourierPositionEncoding has 5 positions; got a sequence of length 6. Shorten the "
+                "sequence, or build the layer with 6 positions; xn.interpolate_positions resizes "
+                "a table that is trained already."
+            ),
+        ),
+        (
+            lambda: FOURIER(1, length=20),
+            (
+                "FourierPositionEncoding encodes a grid of several axes as a whole, here [4, 6] "
+                "with 24 positions; got a sequence of length 20. Build it with the seqshape of the "
+                "inputs, or give output positions."
+            ),
+        ),
+        (
+            lambda: xn.FourierPositionEncoding((5,), 2)(1, [0, 1], length=2),
+            (
+                "FourierPositionEncoding takes a length or output positions, not both; got length "
+                "2 and output positions. Give one of them."
+            ),
+        ),
+        (
+            lambda: FOURIER(2, like=jnp.ones((3, 1))),
+            (
+                "FourierPositionEncoding takes for like an array whose first axis is the batch, "
+                "here of size 2; got shape [3, 1]."
             ),
         ),
         (
             lambda: jax.jit(FOURIER)(2),
             (
-                "FourierPositionEncoding takes batch_size as Python numbers, since they size "
-                "its result; got a traced array. Take them from a shape, or keep them out of "
-                "what jax.jit traces."
+                "FourierPositionEncoding takes Python numbers for batch_size, because they set the "
+                "shape of its result; got a traced array. Take them from an array's shape, or make "
+                "them static arguments of jax.jit."
             ),
         ),
         (
@@ -350,21 +435,21 @@ FOURIER = xn.FourierPositionEncoding((4, 6), 2)
             lambda: xn.FourierPositionEncoding((4, 6), 2, max_resolution=(8,)),
             (
                 "FourierPositionEncoding takes a max_resolution with one number for each "
-                "axis of its seqshape; got 1 of them for 2 axes."
+                "axis of its seqshape; got 1 number for 2 axes."
             ),
         ),
         (
             lambda: xn.FourierPositionEncoding((4,), 2, (1.0, -1.0)),
             (
-                "FourierPositionEncoding takes spatial_coordinate_bounds as (lower, upper), "
-                "lower first; got (1.0, -1.0)."
+                "FourierPositionEncoding takes spatial_coordinate_bounds as (lower, upper) with "
+                "lower < upper; got (1.0, -1.0)."
             ),
         ),
         (
             lambda: xn.TrainablePositionalPadding(2).init(KEY, jnp.ones((1, 2, 3))),
             (
-                "TrainablePositionalPadding fills features up to d_max; inputs have 3 "
-                "features and d_max is 2."
+                "TrainablePositionalPadding pads features up to d_max; the inputs have 3 features, "
+                "which is more than d_max 2."
             ),
         ),
         (
@@ -380,8 +465,8 @@ FOURIER = xn.FourierPositionEncoding((4, 6), 2)
                 {"params": {"mask": jnp.zeros((1, 3))}}, jnp.ones((1, 2, 3))
             ),
             (
-                "TrainablePositionalMasking is to mask positions at rate 0.5 and has no rng "
-                "stream 'masking' to draw from. Give one: apply(variables, inputs, "
+                "TrainablePositionalMasking masks positions at rate 0.5 and draws them from the "
+                "rng stream 'masking'; got no such stream. Give one: apply(variables, inputs, "
                 "rngs={'masking': key})."
             ),
         ),

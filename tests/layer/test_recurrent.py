@@ -427,15 +427,15 @@ def test_one_exported_program_for_all_lengths() -> None:
             lambda: run(X[0]),
             (
                 "LSTM takes inputs with axes [batch, time, features]; got shape [6, 4], which has "
-                "2 of them."
+                "2 axes."
             ),
         ),
         (lambda: xn.LSTM(0), "LSTM takes d_hidden of at least 1; got 0."),
         (
             lambda: xn.LSTMCell().initialize_carry(jax.random.key(0), (2, 3)),
             (
-                "LSTMCell takes the size of its state from its carry, and here makes a carry of "
-                "which the size is not known. Say LSTMCell(features=...)."
+                "LSTMCell cannot make a carry of unknown size: its field features is None. Say "
+                "LSTMCell(features=...)."
             ),
         ),
     ],
