@@ -18,8 +18,11 @@ from flax_extra.layer._attention import Attention, KVQAttention, QKVAttention, S
 from flax_extra.layer._decoding import Decoding, EmbedDecoding
 from flax_extra.layer._encoding import Encoding
 from flax_extra.layer._feed_forward import FeedForward
+from flax_extra.layer._gru import GRU
 from flax_extra.layer._interpolation import interpolate_positions
 from flax_extra.layer._learned import Learned
+from flax_extra.layer._linear_recurrence import LinearRecurrence
+from flax_extra.layer._lstm import LSTM, LSTMCell
 from flax_extra.layer._multimodal import (
     MultimodalDecoding,
     MultimodalEncoding,
@@ -31,7 +34,7 @@ from flax_extra.layer._positional import (
     TrainablePositionalMasking,
     TrainablePositionalPadding,
 )
-from flax_extra.layer._recurrent import LSTM, LSTMCell
+from flax_extra.layer._recurrent import Recurrent
 
 __all__ = [
     # attention
@@ -46,6 +49,9 @@ __all__ = [
     # recurrent
     "LSTM",
     "LSTMCell",
+    "GRU",
+    "Recurrent",
+    "LinearRecurrence",
     # positional
     "TrainablePositionalEncoding",
     "FourierPositionEncoding",

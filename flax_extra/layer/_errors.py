@@ -88,17 +88,50 @@ def two_widths(layer: str, widening_factor: int, d_hidden: int) -> ValueError:
 # Recurrence.
 
 
-def wrong_lengths(shape: Sequence[Any], dtype: Any, batch: Any) -> ValueError:
+def wrong_lengths(layer: str, shape: Sequence[Any], dtype: Any, batch: Any) -> ValueError:
     return ValueError(
-        f"LSTM takes lengths as integers, one for each sequence, of shape {_shape((batch,))}; got "
-        f"{dtype}{_shape(shape)}."
+        f"{layer} takes lengths as integers, one for each sequence, of shape {_shape((batch,))}; "
+        f"got {dtype}{_shape(shape)}."
     )
 
 
-def wrong_state(shapes: Sequence[Sequence[Any]], expected: Sequence[Any]) -> ValueError:
-    found = " and ".join(map(_shape, shapes)) or "nothing"
+def length_out_of_range(layer: str, length: Any, time: int) -> ValueError:
     return ValueError(
-        f"LSTM takes an initial_state (c, h), two arrays of shape {_shape(expected)}; got {found}."
+        f"{layer} takes lengths from 0 to {time}, the number of steps of its inputs; got {length}."
+    )
+
+
+def wrong_state(
+    layer: str,
+    names: Sequence[str],
+    shapes: Sequence[Sequence[Any]],
+    expected: Sequence[Any],
+) -> ValueError:
+    found = " and ".join(map(_shape, shapes)) or "nothing"
+    described = f"{names[0]}, an array" if len(names) == 1 else f"({', '.join(names)}), two arrays"
+    return ValueError(
+        f"{layer} takes an initial_state {described} of shape {_shape(expected)}; got {found}."
+    )
+
+
+def wrong_carry(layer: str, cell: str, expected: Any, found: Any) -> ValueError:
+    return ValueError(
+        f"{layer} takes an initial_state like the carry of its {cell}, with shapes {expected}; got "
+        f"{found}."
+    )
+
+
+def not_a_cell(layer: str, given: str) -> ValueError:
+    return ValueError(
+        f"{layer} takes a cell, a flax.linen.RNNCellBase such as nn.GRUCell(64); got {given}. Run "
+        f"any other function (carry, inputs) -> (carry, outputs) over time by cb.scan."
+    )
+
+
+def indivisible_blocks(layer: str, features: Any, n_blocks: int) -> ValueError:
+    return ValueError(
+        f"{layer} splits the features of its inputs evenly among its blocks; the inputs have "
+        f"{features} features, which n_blocks {n_blocks} does not divide."
     )
 
 

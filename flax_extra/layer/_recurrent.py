@@ -1,262 +1,206 @@
-"""Recurrence: a cell, and the layer that runs it over time.
-
-Source of the formulas: Hochreiter and Schmidhuber, "Long Short-Term Memory" (1997), with the forget
-gate of Gers, Schmidhuber and Cummins, "Learning to Forget" (2000).
-"""
+"""A layer that runs any recurrent cell of linen over time."""
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import canonicalize_dtype, promote_dtype
-from flax.typing import Dtype
+from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Shaped
 
 from flax_extra import combinator as cb
 from flax_extra.layer import _errors
-from flax_extra.layer._lstm import CellWeights, Weights, run_lstm
+from flax_extra.layer._lengths import mark_valid_steps, zero_padding
+from flax_extra.layer._numerics import match_varying_axes
+from flax_extra.layer._sharding import shard_like
 
 
-class LSTMCell(nn.LSTMCell):
-    r"""Linen's LSTM cell, with typed inputs and outputs: its signature is ``3 -> 3``.
+class Recurrent(nn.Module):
+    """Runs a recurrent cell over the time axis and returns its last output.
 
-    .. math::
-        \begin{aligned}
-        i &= \sigma(x w_{ii} + h w_{hi} + b_{hi}), \quad f = \sigma(x w_{if} + h w_{hf} + b_{hf}) \\
-        g &= \tanh(x w_{ig} + h w_{hg} + b_{hg}), \quad o = \sigma(x w_{io} + h w_{ho} + b_{ho}) \\
-        c' &= f c + i g, \quad h' = o \tanh(c')
-        \end{aligned}
-
-    Args:
-        gate_fn: activation of the gates.
-        activation_fn: activation of the output and of what enters the memory.
-        kernel_init: initializer of the weights of the inputs.
-        recurrent_kernel_init: initializer of the weights of the hidden state.
-        bias_init: initializer of the biases.
-        dtype: of the computation; that of inputs, state and parameters by default.
-        param_dtype: of the parameters.
-        carry_init: initializer of the state that ``initialize_carry`` makes.
-        features: size of the state that ``initialize_carry`` makes. The cell itself takes it from
-            its carry.
-
-    Source: Gers et al. (2000), section 3; the weights and their names are those of
-    ``flax.linen.LSTMCell``.
-
-    Shapes:
-        ``xn.LSTMCell()``: ``f32[b, 64], f32[b, 64], f32[b, 32] -> f32[b, 64], f32[b, 64],
-        f32[b, 64]``
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from flax_extra import combinator as cb, layer as xn
-        >>> print(cb.infer_signature(xn.LSTMCell()))
-        3 -> 3
-        >>> state, inputs = jnp.zeros((2, 4)), jnp.ones((2, 7, 3))
-        >>> outputs, _ = cb.scan(xn.LSTMCell()).init_with_output(
-        ...     jax.random.key(0), state, state, inputs
-        ... )
-        >>> [output.shape for output in outputs]
-        [(2, 4), (2, 4), (2, 7, 4)]
-    """
-
-    # Linen requires it, and reads it in initialize_carry alone.
-    features: int | None = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
-
-    @nn.compact
-    def __call__(
-        self,
-        carry: tuple[Float[Array, "*batch d_hidden"], Float[Array, "*batch d_hidden"]],
-        inputs: Float[Array, "*batch features"],
-    ) -> tuple[
-        tuple[Float[Array, "*batch d_hidden"], Float[Array, "*batch d_hidden"]],
-        Float[Array, "*batch d_hidden"],
-    ]:
-        """Takes one step.
-
-        Args:
-            carry: the memory c and the hidden state h, both ``[..., d_hidden]``.
-            inputs: the inputs of this step, ``[..., features]``.
-
-        Returns:
-            The new (c, h), and h once more as the output.
-        """
-        (c, h), output = super().__call__(carry, inputs)  # type: ignore[no-untyped-call]
-        return (c, h), output
-
-    @nn.nowrap
-    def initialize_carry(
-        self, rng: Array, input_shape: tuple[int, ...]
-    ) -> tuple[Float[Array, "*batch d_hidden"], Float[Array, "*batch d_hidden"]]:
-        """The state before the first step, for ``flax.linen.RNN``.
-
-        Args:
-            rng: key for ``carry_init``.
-            input_shape: the shape of the inputs of one step, ``(..., features)``.
-
-        Returns:
-            The memory c and the hidden state h, both ``[..., features]``, from ``carry_init``.
-
-        Raises:
-            ValueError: where the field ``features`` is not given.
-
-        Example:
-            >>> import jax
-            >>> from flax_extra import layer as xn
-            >>> c, h = xn.LSTMCell(features=4).initialize_carry(jax.random.key(0), (2, 3))
-            >>> c.shape
-            (2, 4)
-        """
-        if self.features is None:
-            raise _errors.no_state_size(type(self).__name__)
-        c, h = super().initialize_carry(rng, input_shape)
-        return c, h
-
-
-class LSTM(nn.Module):
-    """Runs an LSTM cell over the time axis, and gives its hidden state at the last step.
-
-    The memory, the other half of its state, is dropped. Its parameters are those of an
-    :class:`LSTMCell`, in ``Scan_0/LSTMCell_0``, whatever the options. Derivatives are taken in
-    reverse (``jax.grad``, ``jax.vjp``), of any order; for ``jax.jvp``, as for a cell of your own,
-    there is ``cb.scan(cell)``.
+    The parameters are those of the cell, in ``cell``, as for ``flax.linen.RNN``; a cell made in an
+    ``nn.compact`` method belongs to that method's module and has a name there. The parameters are
+    the same at every step; random numbers, for dropout in the cell, say, are new at every step. For
+    an LSTM or a GRU, :class:`LSTM` and :class:`GRU` are faster.
 
     Args:
-        d_hidden: size of the hidden state, and of the memory.
-        return_sequences: give the hidden state of every step, so that LSTMs stack.
-        reverse: run from the last step to the first. The outputs of every step stay in their
-            places.
-        dtype: of the computation; that of inputs and parameters by default.
-        param_dtype: of the parameters.
+        cell: a ``flax.linen.RNNCellBase``: one of linen's, or of your own.
+        return_sequences: return the output of every step, so that such layers stack.
+        reverse: run from the last step to the first. The outputs stay in the order of the inputs.
+        return_state: return the carry after the last step, too: (outputs, carry). A carry that is a
+            tuple is several items: (outputs, c, h) for an LSTM cell.
 
     Raises:
-        ValueError: where ``d_hidden`` is below 1.
+        ValueError: If ``cell`` is not a recurrent cell.
 
-    Source: Gers et al., "Learning to Forget" (2000), section 3.
+    Source: the loop is ``flax.linen.scan``; the outputs are those of ``flax.linen.RNN``.
 
     Shapes:
-        ``xn.LSTM(64)``: ``f32[b, t, 32] -> f32[b, 64]``
+        ``xn.Recurrent(nn.GRUCell(64))``: ``f32[b, t, 32] -> f32[b, 64]``
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from flax_extra import combinator as cb, layer as xn
+        >>> from flax import linen as nn
+        >>> from flax_extra import layer as xn
         >>> inputs = jnp.ones((2, 7, 3))
-        >>> stacked = cb.serial(xn.LSTM(4, return_sequences=True), xn.LSTM(5))
-        >>> stacked.init_with_output(jax.random.key(0), inputs)[0].shape
-        (2, 5)
+        >>> layer = xn.Recurrent(nn.MGUCell(4), return_sequences=True)
+        >>> outputs, variables = layer.init_with_output(jax.random.key(0), inputs)
+        >>> outputs.shape, list(variables["params"])
+        ((2, 7, 4), ['cell'])
 
-        In both directions, over sequences of different lengths:
+        Over images, with the carry:
 
-        >>> both = cb.branch(xn.LSTM(4), xn.LSTM(4, reverse=True)) >> cb.concatenate()
-        >>> lengths = jnp.array([7, 2])
-        >>> both.init_with_output(jax.random.key(0), inputs, lengths=lengths)[0].shape
-        (2, 8)
+        >>> frames = jnp.ones((2, 7, 8, 8, 3))
+        >>> layer = xn.Recurrent(nn.ConvLSTMCell(4, kernel_size=(3, 3)), return_state=True)
+        >>> items, _ = layer.init_with_output(jax.random.key(0), frames)
+        >>> [item.shape for item in items]
+        [(2, 8, 8, 4), (2, 8, 8, 4), (2, 8, 8, 4)]
     """
 
-    d_hidden: int
+    cell: nn.RNNCellBase
     return_sequences: bool = False
     reverse: bool = False
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
+    return_state: bool = False
 
     def __post_init__(self) -> None:
-        if self.d_hidden < 1:
-            raise _errors.too_small(type(self).__name__, "d_hidden", 1, self.d_hidden)
+        if not isinstance(self.cell, nn.RNNCellBase):
+            raise _errors.not_a_cell(type(self).__name__, repr(self.cell))
         super().__post_init__()
 
+    @property
+    def signature(self) -> cb.Signature | None:
+        """The signature with ``return_state``; without it, the annotations say it."""
+        if not self.return_state:
+            return None
+        input_shape = (1,) * (1 + self.cell.num_feature_axes)
+        carry = jax.eval_shape(lambda: self.cell.initialize_carry(jax.random.key(0), input_shape))
+        return cb.Signature(1, 1 + len(_flatten_tuples(carry)))
+
     @nn.nowrap
-    def initial_state(
-        self, inputs: Float[Array, "batch time features"]
-    ) -> tuple[Float[Array, "batch d_hidden"], Float[Array, "batch d_hidden"]]:
-        """The state before the first step.
+    def initial_state(self, inputs: Float[Array, "batch time *features"]) -> Any:
+        """Makes the carry before the first step, for the batch of these inputs.
 
         Args:
-            inputs: a sequence, ``[batch, time, features]``.
+            inputs: a sequence, ``[batch, time, ..., features]``.
 
         Returns:
-            The memory c and the hidden state h: zeros, ``[batch, d_hidden]``, in the dtype of the
+            What the cell's ``initialize_carry`` gives for the key ``jax.random.key(0)``, as
+            ``flax.linen.RNN`` does; for a cell with a field ``dtype`` in the dtype of the
             computation.
 
         Example:
             >>> import jax.numpy as jnp
+            >>> from flax import linen as nn
             >>> from flax_extra import layer as xn
-            >>> c, h = xn.LSTM(4).initial_state(jnp.ones((2, 7, 3)))
-            >>> c.shape
+            >>> xn.Recurrent(nn.GRUCell(4)).initial_state(jnp.ones((2, 7, 3))).shape
             (2, 4)
         """
-        zeros = jnp.zeros((inputs.shape[0], self.d_hidden), self._computed_dtype(inputs))
-        return zeros, zeros
+        input_shape = (inputs.shape[0], *inputs.shape[2:])
+        carry = self.cell.initialize_carry(jax.random.key(0), input_shape)
+        return jax.tree.map(lambda x: shard_like(self._cast(x, inputs), inputs, 1), carry)
 
     @nn.compact
     def __call__(
         self,
-        inputs: Float[Array, "batch time features"],
+        inputs: Float[Array, "batch time *features"],
         *,
         lengths: Integer[Array, " batch"] | None = None,
-        initial_state: tuple[Float[Array, "batch d_hidden"], Float[Array, "batch d_hidden"]]
-        | None = None,
-    ) -> Float[Array, "batch *time d_hidden"]:
+        initial_state: Any = None,
+    ) -> Shaped[Array, " batch *time_and_features"] | tuple[Any, ...]:
         """Runs over the sequence.
 
         Args:
-            inputs: a sequence, ``[batch, time, features]``.
-            lengths: how many steps of each sequence are valid, integers ``[batch]``; those after
-                are padding. The state is that of the last valid step, or with ``reverse`` that
-                of a run from the last valid step to the first; with no valid step it is the
-                initial state. The outputs of padding are zeros.
-            initial_state: the memory c and the hidden state h before the first step, both
-                ``[batch, d_hidden]``; zeros by default.
+            inputs: a sequence, ``[batch, time, ..., features]``, with as many feature axes as the
+                cell takes.
+            lengths: how many steps of each sequence are valid, integers ``[batch]`` from 0 to time.
+                The steps after them are padding: they may hold anything, NaN included, and have no
+                effect. The carry is that after the last valid step; with ``reverse`` the run goes
+                from the last valid step to the first; with no valid step the carry is the initial
+                one. The outputs at padding are zeros.
+            initial_state: the carry before the first step; ``initial_state(inputs)`` by default.
 
         Returns:
-            The hidden state of the last step, ``[batch, d_hidden]``, or with
-            ``return_sequences`` of every step, ``[batch, time, d_hidden]``.
+            The output of the last valid step, zeros if there is none, or with ``return_sequences``
+            of every step, time at axis 1. With ``return_state`` a tuple of that and the items of
+            the last carry.
 
         Raises:
-            ValueError: where inputs, lengths or the initial state are of another shape, or lengths
-                are no integers.
+            ValueError: If inputs, lengths or the initial state have other shapes, or lengths are
+                not integers, or are known to be out of range.
         """
-        if inputs.ndim != 3:
-            name = type(self).__name__
-            raise _errors.wrong_rank(name, "inputs", inputs.shape, "[batch, time, features]")
-        state = self._first_state(inputs, initial_state)
-        # The scopes that a scan over a cell would open: its parameters are these.
-        weights = cb.serial(
-            CellWeights(self.d_hidden, self.param_dtype, name="LSTMCell_0"), name="Scan_0"
-        )(inputs, state[1])
-        inputs, *weights = promote_dtype(inputs, *weights, dtype=self.dtype)
-        return run_lstm(
-            inputs,
-            Weights(*weights),
-            state,
-            None if lengths is None else _valid(inputs, lengths),
+        name = type(self).__name__
+        n_axes = 2 + self.cell.num_feature_axes
+        if inputs.ndim != n_axes:
+            axes = ", ".join(["batch", "time", *["..."] * (n_axes > 3), "features"])
+            raise _errors.wrong_rank(name, "inputs", inputs.shape, f"[{axes}]")
+        valid = mark_valid_steps(name, inputs, lengths)
+        carry = self.initial_state(inputs)
+        if initial_state is not None:
+            found, expected = (jax.tree.map(jnp.shape, tree) for tree in (initial_state, carry))
+            if found != expected:
+                raise _errors.wrong_carry(name, type(self.cell).__name__, expected, found)
+            carry = jax.tree.map(
+                lambda x, like: shard_like(jnp.asarray(x, like.dtype), inputs, 1),
+                initial_state,
+                carry,
+            )
+        inputs = zero_padding(inputs, valid)
+        # The carry of a loop must vary over the same axes of a mesh as all that is computed from.
+        carry, _ = match_varying_axes((carry, (inputs, valid, dict(self.variables))))
+        scan = nn.scan(
+            _step,
+            variable_broadcast=nn.DenyList("intermediates"),
+            variable_axes={"intermediates": 0},
+            split_rngs={"params": False, nn.DenyList("params"): True},
+            in_axes=1,
+            out_axes=1,
             reverse=self.reverse,
-            return_sequences=self.return_sequences,
         )
-
-    def _first_state(
-        self, inputs: Array, initial_state: tuple[Array, Array] | None
-    ) -> tuple[Array, Array]:
-        zeros = self.initial_state(inputs)
-        if initial_state is None:
-            return zeros
-        expected, dtype = zeros[0].shape, zeros[0].dtype
-        shapes = [jnp.shape(state) for state in initial_state]
-        if shapes != [expected, expected]:
-            raise _errors.wrong_state(shapes, expected)
-        c, h = (jnp.asarray(state, dtype) for state in initial_state)
-        return c, h
+        carry, outputs = scan(self.cell, carry, (inputs, valid))
+        if not self.return_sequences:
+            outputs = _take_last(outputs, lengths, self.reverse)
+        return (outputs, *_flatten_tuples(carry)) if self.return_state else outputs
 
     @nn.nowrap
-    def _computed_dtype(self, inputs: Array) -> Dtype:
-        dtype: Dtype = canonicalize_dtype(inputs, jnp.zeros((), self.param_dtype), dtype=self.dtype)
-        return dtype
+    def _cast(self, x: Array, inputs: Array) -> Array:
+        """Casts a part of the carry to the dtype that a cell of linen computes in."""
+        if not hasattr(self.cell, "dtype") or not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        return x.astype(canonicalize_dtype(inputs, x, dtype=self.cell.dtype))
 
 
-def _valid(inputs: Array, lengths: Array) -> Array:
-    """Which steps of each sequence are valid, ``[batch, time]``."""
-    lengths, (batch, time, _) = jnp.asarray(lengths), inputs.shape
-    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise _errors.wrong_lengths(lengths.shape, lengths.dtype, batch)
-    return jnp.arange(time)[None, :] < lengths[:, None]
+def _step(cell: nn.RNNCellBase, carry: Any, step_inputs: tuple[Array, Array | None]) -> Any:
+    inputs, valid = step_inputs
+    after, outputs = cell(carry, inputs)
+    if valid is None:
+        return after, outputs
+
+    def select(x: Array, otherwise: Array | int) -> Array:
+        return jnp.where(jnp.expand_dims(valid, range(1, x.ndim)), x, otherwise)
+
+    return jax.tree.map(select, after, carry), select(outputs, 0)
+
+
+def _take_last(outputs: Array, lengths: Array | None, reverse: bool) -> Array:
+    """Takes the output of the step that ran last."""
+    time = outputs.shape[1]
+    if isinstance(time, int) and time == 0:
+        return outputs.sum(1)
+    if reverse:
+        return outputs[:, 0]
+    if lengths is None:
+        return outputs[:, -1]
+    # A sum, because a gather of rows from a sharded batch would gather the batch.
+    is_last = jnp.arange(time)[None, :] == jnp.asarray(lengths)[:, None] - 1
+    is_last = jnp.expand_dims(is_last, range(2, outputs.ndim))
+    return jnp.where(is_last, outputs, 0).sum(1, dtype=outputs.dtype)
+
+
+def _flatten_tuples(carry: Any) -> tuple[Any, ...]:
+    """Flattens nested tuples, as the stack does; anything else is one item."""
+    if type(carry) is not tuple:
+        return (carry,)
+    return tuple(item for part in carry for item in _flatten_tuples(part))

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 from hypothesis import strategies as st
+from jax import Array
+from jaxtyping import Float
 
 from flax_extra import layer as xn
 
@@ -41,6 +43,8 @@ class Entry:
         initializers: the fields that initialize its parameters, each with a name for every axis.
         shapes: what ``testing.check_shapes`` is told beyond the annotations: sizes that the fields
             of ``make`` restrict, dtypes, constants. None for a variant of what is checked already.
+        field_shapes: the parameter trees of modules among its fields, by the name that they have in
+            an ``nn.compact`` method: linen gives a module that is made there to that method's.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Entry:
     rngs: tuple[str, ...] = ()
     initializers: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     shapes: Mapping[str, Any] | None = None
+    field_shapes: Mapping[str, Any] | None = None
 
 
 HEADS = {"heads": 2}
@@ -88,20 +93,42 @@ FEED_FORWARD_NAMES = {
 }
 
 
+GATED_NAMES = {
+    "kernel_init": ("features", "hidden"),
+    "recurrent_kernel_init": ("hidden", "next_hidden"),
+    "bias_init": ("next_hidden",),
+}
+LINEAR_RECURRENCE_NAMES = {
+    "kernel_init": ("blocks", "features", "block_features"),
+    "bias_init": ("all_features",),
+    "decay_init": ("decays",),
+}
+
+
 def _dense(*shape: int) -> Mapping[str, Any]:
     kernel, bias = shape, shape[1:]
     return {"kernel": kernel, "bias": bias}
 
 
-def _cell(d_in: int, d: int) -> Mapping[str, Any]:
+def _lstm_cell(d_in: int, d: int) -> Mapping[str, Any]:
     recurrent = {f"h{gate}": _dense(d, d) for gate in "ifgo"}
     return recurrent | {f"i{gate}": {"kernel": (d_in, d)} for gate in "ifgo"}
+
+
+def _gru_cell(d_in: int, d: int) -> Mapping[str, Any]:
+    recurrent = {f"h{gate}": {"kernel": (d, d)} for gate in "rz"} | {"hn": _dense(d, d)}
+    return recurrent | {f"i{gate}": _dense(d_in, d) for gate in "rzn"}
+
+
+def _linear_recurrence(n_blocks: int, d: int) -> Mapping[str, Any]:
+    gate = {"kernel": (n_blocks, d // n_blocks, d // n_blocks), "bias": (d,)}
+    return {"input_gate": gate, "recurrence_gate": gate, "decay_logit": (d,)}
 
 
 LAYER_ENTRIES = [
     Entry(
         name="attend",
-        make=lambda dtypes: xn.attend,
+        make=lambda fields: xn.attend,
         inputs=lambda: (
             sequence(2, 3, 2, 4),
             sequence(2, 4, 2, 4, seed=1),
@@ -113,7 +140,7 @@ LAYER_ENTRIES = [
     ),
     Entry(
         name="attend: mask",
-        make=lambda dtypes: _attend_by_mask,
+        make=lambda fields: _attend_by_mask,
         inputs=lambda: (
             sequence(2, 3, 2, 4),
             sequence(2, 4, 2, 4, seed=1),
@@ -125,7 +152,7 @@ LAYER_ENTRIES = [
     ),
     Entry(
         name="cross_attention_mask",
-        make=lambda dtypes: xn.cross_attention_mask,
+        make=lambda fields: xn.cross_attention_mask,
         inputs=lambda: (np.array([[1, 1, 0]]), np.array([[1, 0]])),
         output_shapes=(1, 3, 2),
         param_shapes={},
@@ -227,26 +254,96 @@ LAYER_ENTRIES = [
     ),
     Entry(
         name="LSTMCell",
-        make=lambda dtypes: xn.LSTMCell(**dtypes),
+        make=lambda fields: xn.LSTMCell(**fields),
         inputs=lambda: ((sequence(2, 4), sequence(2, 4, seed=1)), sequence(2, 3, seed=2)),
         output_shapes=(((2, 4), (2, 4)), (2, 4)),
-        param_shapes=_cell(3, 4),
+        param_shapes=_lstm_cell(3, 4),
         shapes={},
+        initializers=GATED_NAMES,
     ),
     Entry(
         name="LSTM",
-        make=lambda dtypes: xn.LSTM(4, **dtypes),
+        make=lambda fields: xn.LSTM(4, **fields),
         inputs=lambda: (sequence(2, 5, 3),),
         output_shapes=(2, 4),
-        param_shapes={"Scan_0": {"LSTMCell_0": _cell(3, 4)}},
+        param_shapes={"Scan_0": {"LSTMCell_0": _lstm_cell(3, 4)}},
         shapes={},
+        initializers=GATED_NAMES,
     ),
     Entry(
         name="LSTM: return_sequences, reverse",
-        make=lambda dtypes: xn.LSTM(3, return_sequences=True, reverse=True, **dtypes),
+        make=lambda fields: xn.LSTM(3, return_sequences=True, reverse=True, **fields),
         inputs=lambda: (sequence(2, 5, 3),),
         output_shapes=(2, 5, 3),
-        param_shapes={"Scan_0": {"LSTMCell_0": _cell(3, 3)}},
+        param_shapes={"Scan_0": {"LSTMCell_0": _lstm_cell(3, 3)}},
         repeatable=True,
+        initializers=GATED_NAMES,
+    ),
+    Entry(
+        name="LSTM: return_state",
+        make=lambda fields: xn.LSTM(4, return_state=True, **fields),
+        inputs=lambda: (sequence(2, 5, 3),),
+        output_shapes=((2, 4), (2, 4), (2, 4)),
+        param_shapes={"Scan_0": {"LSTMCell_0": _lstm_cell(3, 4)}},
+        initializers=GATED_NAMES,
+    ),
+    Entry(
+        name="GRU",
+        make=lambda fields: xn.GRU(4, **fields),
+        inputs=lambda: (sequence(2, 5, 3),),
+        output_shapes=(2, 4),
+        param_shapes={"Scan_0": {"GRUCell_0": _gru_cell(3, 4)}},
+        shapes={},
+        initializers=GATED_NAMES,
+    ),
+    Entry(
+        name="GRU: return_sequences, reverse, return_state",
+        make=lambda fields: xn.GRU(
+            3, return_sequences=True, reverse=True, return_state=True, **fields
+        ),
+        inputs=lambda: (sequence(2, 5, 3),),
+        output_shapes=((2, 5, 3), (2, 3)),
+        param_shapes={"Scan_0": {"GRUCell_0": _gru_cell(3, 3)}},
+        initializers=GATED_NAMES,
+    ),
+    Entry(
+        name="Recurrent",
+        make=lambda fields: xn.Recurrent(nn.GRUCell(3, **fields), return_sequences=True),
+        inputs=lambda: (sequence(2, 5, 3),),
+        output_shapes=(2, 5, 3),
+        param_shapes={"cell": _gru_cell(3, 3)},
+        field_shapes={"GRUCell_0": _gru_cell(3, 3)},
+        repeatable=True,
+        shapes={"annotations": {"inputs": Float[Array, "batch time features"]}},
+        initializers=GATED_NAMES,
+    ),
+    Entry(
+        name="Recurrent: reverse, return_state",
+        make=lambda fields: xn.Recurrent(
+            xn.LSTMCell(features=4, **fields), reverse=True, return_state=True
+        ),
+        inputs=lambda: (sequence(2, 5, 3),),
+        output_shapes=((2, 4), (2, 4), (2, 4)),
+        param_shapes={"cell": _lstm_cell(3, 4)},
+        field_shapes={"LSTMCell_0": _lstm_cell(3, 4)},
+        initializers=GATED_NAMES,
+    ),
+    Entry(
+        name="LinearRecurrence",
+        make=lambda fields: xn.LinearRecurrence(**fields),
+        inputs=lambda: (sequence(2, 5, 3),),
+        output_shapes=(2, 5, 3),
+        param_shapes=_linear_recurrence(1, 3),
+        repeatable=True,
+        shapes={},
+        initializers=LINEAR_RECURRENCE_NAMES,
+    ),
+    Entry(
+        name="LinearRecurrence: n_blocks, reverse, return_state",
+        make=lambda fields: xn.LinearRecurrence(2, reverse=True, return_state=True, **fields),
+        inputs=lambda: (sequence(2, 5, 4),),
+        output_shapes=((2, 5, 4), (2, 4)),
+        param_shapes=_linear_recurrence(2, 4),
+        initializers=LINEAR_RECURRENCE_NAMES,
     ),
 ]

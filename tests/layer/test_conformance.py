@@ -178,11 +178,13 @@ def test_in_compact(entry: Entry) -> None:
         def __call__(self, *inputs: Any) -> Any:
             return entry.make({})(*inputs)
 
-    name = f"{_kind(entry.make({}))}_0"
-    outputs = Model().apply({"params": _nested(entry, name)}, *entry.inputs(), rngs=_rngs(entry))
+    params = _nested(entry, f"{_kind(entry.make({}))}_0")
+    if entry.field_shapes is not None:
+        params = _random(entry.field_shapes)
+    outputs = Model().apply({"params": params}, *entry.inputs(), rngs=_rngs(entry))
     _assert_same_structure(entry, outputs)
     created = jax.eval_shape(lambda: Model().init(_rngs(entry), *entry.inputs()))
-    assert _shapes(created.get("params", {})) == _shapes(_nested(entry, name))
+    assert _shapes(created.get("params", {})) == _shapes(params)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,11 @@ def _initialised(entry: Entry, layer: Callable[..., Any]) -> Any:
 @functools.cache
 def _params(entry: Entry) -> Any:
     """Parameters of the documented shapes: random ones, for zeros would make a test blind."""
-    return jax.tree.map(lambda shape: sequence(*shape) / 2, entry.param_shapes, is_leaf=_is_shape)
+    return _random(entry.param_shapes)
+
+
+def _random(shapes: Any) -> Any:
+    return jax.tree.map(lambda shape: sequence(*shape) / 2, shapes, is_leaf=_is_shape)
 
 
 @functools.cache

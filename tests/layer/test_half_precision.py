@@ -24,10 +24,8 @@ PENDING = {
     "QKVAttention",
     "KVQAttention",
     "SelfAttention",
-    "LSTM",
-    "LSTM: return_sequences, reverse",
 }
-"""Entries that still promote implicitly, in ``attend`` and in the recurrence of ``LSTM``."""
+"""Entries that still promote implicitly, in ``attend``."""
 
 ENTRIES = [entry for entry in (*LAYER_ENTRIES, *MULTIMODAL_ENTRIES) if entry.name not in PENDING]
 

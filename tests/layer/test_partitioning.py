@@ -19,17 +19,9 @@ from flax_extra import combinator as cb
 from tests.layer.entries import LAYER_ENTRIES, Entry
 from tests.layer.multimodal_entries import MULTIMODAL_ENTRIES
 
-PENDING = {"LSTM", "LSTM: return_sequences, reverse", "LSTMCell"}
-"""Entries that do not say yet which fields initialize their parameters."""
-
 WITH_PARAMETERS = [entry for entry in (*LAYER_ENTRIES, *MULTIMODAL_ENTRIES) if entry.param_shapes]
-NAMED = [entry for entry in WITH_PARAMETERS if entry.name not in PENDING]
 
-every_entry = pytest.mark.parametrize("entry", NAMED, ids=lambda entry: entry.name)
-
-
-def test_what_is_pending_is_in_the_list() -> None:
-    assert {entry.name for entry in WITH_PARAMETERS} >= PENDING
+every_entry = pytest.mark.parametrize("entry", WITH_PARAMETERS, ids=lambda entry: entry.name)
 
 
 @every_entry
@@ -59,7 +51,7 @@ def test_partition_specs_and_shardings_follow_from_the_names(entry: Entry) -> No
 
 
 @pytest.mark.parametrize(
-    "entry", [entry for entry in NAMED if entry.repeatable], ids=lambda entry: entry.name
+    "entry", [entry for entry in WITH_PARAMETERS if entry.repeatable], ids=lambda entry: entry.name
 )
 def test_copies_of_a_repeat_add_an_axis_to_the_names(entry: Entry) -> None:
     alone, repeated = (

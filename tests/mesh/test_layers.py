@@ -26,16 +26,11 @@ from flax_extra import layer as xn
 from tests.layer.entries import LAYER_ENTRIES, Entry, sequence
 from tests.layer.multimodal_entries import MULTIMODAL_ENTRIES
 
-PENDING = {"LSTM", "LSTM: return_sequences, reverse"}
-"""Entries that fail on every kind of mesh."""
-
 WITHOUT_BATCH = {"interpolate_positions"}
 """Entries whose inputs have no batch."""
 
 ENTRIES = [
-    entry
-    for entry in (*LAYER_ENTRIES, *MULTIMODAL_ENTRIES)
-    if entry.name not in PENDING | WITHOUT_BATCH
+    entry for entry in (*LAYER_ENTRIES, *MULTIMODAL_ENTRIES) if entry.name not in WITHOUT_BATCH
 ]
 KINDS = ["Auto", "Explicit", "shard_map"]
 BATCH = 8
