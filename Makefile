@@ -1,10 +1,11 @@
-# Each target sets up what it needs in .venv, once: a stamp file says what is installed.
+# Each target installs what it needs in .venv, once: a stamp file records which extra is installed.
+# Tests that a target runs must not be skipped: it has installed all that they need.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PYTEST := $(BIN)/python -m pytest
+PYTEST := $(BIN)/python -m pytest --fail-on-skip
 
 .PHONY: help demo perceiver test parity bench check clean
 

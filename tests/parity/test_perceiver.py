@@ -12,11 +12,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-import torch
-import transformers
 
 from perceiver_checkpoints import from_huggingface, load, pipeline
 from perceiver_models import in_chunks
+
+PARITY = "comes with the extra flax_extra[parity]"
+torch = pytest.importorskip("torch", reason=f"torch {PARITY}")
+transformers = pytest.importorskip("transformers", reason=f"transformers {PARITY}")
 
 BATCH, TIME = 2, 48
 SMALL = {"num_latents": 8, "d_latents": 16, "num_self_attends_per_block": 2}
