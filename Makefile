@@ -7,39 +7,44 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest --fail-on-skip
 
-.PHONY: help demo perceiver test parity bench check clean
+.DEFAULT_GOAL := help
+.PHONY: help demo perceiver test parity bench check format release-check dev clean
 
-help:
-	@echo "make demo       train the digits autoencoder and draw what it rebuilds"
-	@echo "make perceiver  train a language model on Python's own library and fill in masks"
-	@echo "make test       run the tests and every example in the docs"
-	@echo "make parity     compare the layers with torch, the Perceivers with transformers"
-	@echo "make bench      measure speed against what people use today, and write docs/benchmarks.md"
-	@echo "make check      formatting, lint and strict types"
-	@echo "make clean      remove the environment and what was generated"
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/installed-demo
+demo: $(VENV)/installed-demo ## train the digits autoencoder and draw what it rebuilds
 	$(BIN)/python docs/examples/digits_autoencoder.py
 
-perceiver: $(VENV)/installed-perceiver
+perceiver: $(VENV)/installed-perceiver ## train a language model on Python's own library and fill in masks
 	$(BIN)/python docs/examples/perceiver_mlm.py
 
-test: $(VENV)/installed-test
-	$(PYTEST) --numprocesses auto --ignore tests/parity
+test: $(VENV)/installed-test ## run the tests and every example in the docs
+	$(PYTEST) --numprocesses auto --dist worksteal --ignore tests/parity
 
-parity: $(VENV)/installed-parity
+parity: $(VENV)/installed-parity ## compare the layers with torch, the Perceivers with transformers
 	$(PYTEST) tests/parity
 
-bench: $(VENV)/installed-bench
+bench: $(VENV)/installed-bench ## measure speed against what people use today, and write docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks --page docs/benchmarks.md
 
-check: $(VENV)/installed-check
+check: $(VENV)/installed-check ## formatting, lint, strict types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+format: $(VENV)/installed-check ## format the code, and mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+release-check: $(VENV)/installed-release ## build wheel and sdist, and try the wheel in an empty environment
+	$(BIN)/python tests/release_check.py
+
+dev: $(VENV)/installed-dev ## install everything for working on the library, and the pre-commit hooks
+	$(BIN)/pre-commit install
+
+clean: ## remove the environment and what was generated
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'flax_extra needs Python 3.11 or newer; got ' + sys.version.split()[0] + '. Say which: make PYTHON=python3.12')"
