@@ -43,9 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
         cache = config.cache.mkdir(f"jax-{platform.node()}")
         if not hasattr(config, "workerinput") and _size(cache) > MAX_CACHE_BYTES:
             shutil.rmtree(cache)
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        options = {
+            "jax_compilation_cache_dir": str(cache),
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        for option, value in options.items():
+            jax.config.update(option, value)
+            os.environ[option.upper()] = str(value)  # for the processes that tests start
 
 
 def _size(folder: Path) -> int:

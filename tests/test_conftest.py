@@ -59,7 +59,8 @@ def test_a_run_without_skips_passes(project):
     result.stdout.no_fnmatch_line("--fail-on-skip*")
 
 
-def test_compiled_programs_are_kept_for_the_next_run(project):
+def test_compiled_programs_are_kept_for_the_next_run(project, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # that of the run outside
     project.makepyfile(
         "import jax\ndef test_compiles(): jax.jit(lambda x: x + 1)(1.0).block_until_ready()"
     )
