@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from hypothesis import settings
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
@@ -68,7 +69,8 @@ def test_shapes_are_known_without_arrays(entry: Entry) -> None:
     "entry", [e for e in ENTRIES if e.shapes is not None], ids=lambda entry: entry.name
 )
 def test_shapes_are_as_annotated(entry: Entry) -> None:
-    testing.check_shapes(entry.make({}), max_size=3, **(entry.shapes or {}))
+    n = settings.default.max_examples  # of the profile
+    testing.check_shapes(entry.make({}), max_size=3, max_examples=n, **(entry.shapes or {}))
 
 
 def test_every_public_layer_is_held_against_its_annotations() -> None:
