@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest --fail-on-skip
 
 .DEFAULT_GOAL := help
-.PHONY: help demo perceiver test parity bench check format release-check dev clean
+.PHONY: help demo perceiver test test-fast slow-tests parity bench check format release-check dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,13 @@ perceiver: $(VENV)/installed-perceiver ## train a language model on Python's own
 
 test: $(VENV)/installed-test ## run the tests and every example in the docs
 	$(PYTEST) --numprocesses auto --dist worksteal --ignore tests/parity
+
+test-fast: $(VENV)/installed-test ## run all tests but those in tests/slow.txt, with fewer drawn examples
+	HYPOTHESIS_PROFILE=fast $(PYTEST) flax_extra tests --numprocesses auto --dist worksteal --ignore tests/parity -m 'not slow'
+
+slow-tests: $(VENV)/installed-test ## measure which tests test-fast leaves out, and write tests/slow.txt
+	rm -rf .pytest_cache
+	HYPOTHESIS_PROFILE=fast $(PYTEST) flax_extra tests --numprocesses auto --dist worksteal --ignore tests/parity --write-slow
 
 parity: $(VENV)/installed-parity ## compare the layers with torch, the Perceivers with transformers
 	$(PYTEST) tests/parity

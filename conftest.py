@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,6 +16,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 MAX_CACHE_BYTES = 2**30
+MAX_FAST_SECONDS = 0.75
+SLOW = Path(__file__).parent / "tests" / "slow.txt"
+"""The tests that take longer, marked ``slow``; ``make slow-tests`` measures them anew."""
+
+STARTED = pytest.StashKey[float]()
+SECONDS: dict[str, float] = {}
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -33,6 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fail-on-skip",
         action="store_true",
         help="fail if a test was skipped; the targets of the Makefile install all that tests need",
+    )
+    parser.addoption(
+        "--write-slow",
+        action="store_true",
+        help=f"write the tests that take more than {MAX_FAST_SECONDS:g} s into tests/{SLOW.name}",
     )
 
 
@@ -57,7 +69,41 @@ def _size(folder: Path) -> int:
     return sum(entry.stat().st_size for entry in os.scandir(folder))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = set(SLOW.read_text().splitlines()) if SLOW.exists() else set()
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker("slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    item.stash[STARTED] = _processor_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    if call.when == "teardown":
+        item.user_properties.append(("seconds", _processor_seconds() - item.stash[STARTED]))
+    return (yield)
+
+
+def _processor_seconds() -> float:
+    """Of this process and those that it waited for; the clock's depend on what else runs."""
+    return sum(os.times()[:4])
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "teardown":
+        SECONDS[report.nodeid] = dict(report.user_properties)["seconds"]
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--write-slow") and not hasattr(session.config, "workerinput"):
+        slow = [test for test, seconds in SECONDS.items() if seconds > MAX_FAST_SECONDS]
+        SLOW.write_text("".join(f"{test}\n" for test in sorted(slow)))
     if _skips_count_as_failures(session.config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
