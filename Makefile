@@ -35,10 +35,11 @@ parity: $(VENV)/installed-parity ## compare the layers with torch, the Perceiver
 bench: $(VENV)/installed-bench ## measure speed against what people use today, and write docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks --page docs/benchmarks.md
 
-check: $(VENV)/installed-check ## formatting, lint, strict types
+check: $(VENV)/installed-check ## formatting, lint, strict types of the library and of code that uses it
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/installed-check ## format the code, and mend what ruff can mend
 	$(BIN)/ruff check --fix
