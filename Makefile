@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest --fail-on-skip
+ALL := --numprocesses auto --dist worksteal --ignore tests/parity
+FAST := flax_extra tests $(ALL) --ignore tests/benchmarks --ignore tests/examples
 
 .DEFAULT_GOAL := help
 .PHONY: help demo perceiver test test-fast slow-tests parity bench check format release-check dev clean
@@ -20,14 +22,14 @@ perceiver: $(VENV)/installed-perceiver ## train a language model on Python's own
 	$(BIN)/python docs/examples/perceiver_mlm.py
 
 test: $(VENV)/installed-test ## run the tests and every example in the docs
-	$(PYTEST) --numprocesses auto --dist worksteal --ignore tests/parity
+	$(PYTEST) $(ALL)
 
-test-fast: $(VENV)/installed-test ## run all tests but those in tests/slow.txt, with fewer drawn examples
-	HYPOTHESIS_PROFILE=fast $(PYTEST) flax_extra tests --numprocesses auto --dist worksteal --ignore tests/parity -m 'not slow'
+test-fast: $(VENV)/installed-test ## run the tests of the library but those in tests/slow.txt, with fewer drawn examples
+	HYPOTHESIS_PROFILE=fast $(PYTEST) $(FAST) -m 'not slow'
 
 slow-tests: $(VENV)/installed-test ## measure which tests test-fast leaves out, and write tests/slow.txt
 	rm -rf .pytest_cache
-	HYPOTHESIS_PROFILE=fast $(PYTEST) flax_extra tests --numprocesses auto --dist worksteal --ignore tests/parity --write-slow
+	HYPOTHESIS_PROFILE=fast $(PYTEST) $(FAST) --write-slow
 
 parity: $(VENV)/installed-parity ## compare the layers with torch, the Perceivers with transformers
 	$(PYTEST) tests/parity
