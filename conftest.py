@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 MAX_CACHE_BYTES = 2**30
-MAX_FAST_SECONDS = 0.75
+MAX_FAST_SECONDS = 0.5
 SLOW = Path(__file__).parent / "tests" / "slow.txt"
 """The tests that take longer, marked ``slow``; ``make slow-tests`` measures them anew."""
 

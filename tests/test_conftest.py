@@ -69,8 +69,8 @@ BUSY = """
 def test_workers_report_skips_and_seconds_and_keep_programs(project, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # that of the run outside
     conftest = CONFTEST.read_text()
-    assert "MAX_FAST_SECONDS = 0.75" in conftest
-    project.makeconftest(conftest.replace("MAX_FAST_SECONDS = 0.75", "MAX_FAST_SECONDS = 0.25"))
+    assert "MAX_FAST_SECONDS = 0.5" in conftest
+    project.makeconftest(conftest.replace("MAX_FAST_SECONDS = 0.5", "MAX_FAST_SECONDS = 0.25"))
     project.makepyfile(test_busy=BUSY, test_test=A_SKIP, test_module=A_MODULE_SKIP)
     slow = project.mkdir("tests") / "slow.txt"
     result = project.runpytest_subprocess("--fail-on-skip", "--write-slow", "--numprocesses=1")
