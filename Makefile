@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest --fail-on-skip
-ALL := --numprocesses auto --dist worksteal --ignore tests/parity
+PARALLEL := --numprocesses auto --dist worksteal
+ALL := $(PARALLEL) --ignore tests/parity --ignore tests/mesh
 FAST := flax_extra tests $(ALL) --ignore tests/benchmarks --ignore tests/examples
 
 .DEFAULT_GOAL := help
@@ -23,6 +24,7 @@ perceiver: $(VENV)/installed-perceiver ## train a language model on Python's own
 
 test: $(VENV)/installed-test ## run the tests and every example in the docs
 	$(PYTEST) $(ALL)
+	$(PYTEST) $(PARALLEL) tests/mesh # in processes of their own, which make 8 devices of the host
 
 test-fast: $(VENV)/installed-test ## run the tests of the library but those in tests/slow.txt, with fewer drawn examples
 	HYPOTHESIS_PROFILE=fast $(PYTEST) $(FAST) -m 'not slow'

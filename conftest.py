@@ -24,6 +24,8 @@ STARTED = pytest.StashKey[float]()
 SECONDS: dict[str, float] = {}
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Doctests compare messages, without JAX's note that it hides frames.
+jax.config.update("jax_traceback_filtering", "off")
 
 settings.register_profile(
     "default", max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow]

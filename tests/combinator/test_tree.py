@@ -1,4 +1,4 @@
-"""The parameter tree obeys the algebra: section 7 of the design."""
+"""The parameter tree obeys the algebra: see "The laws" in CONTRIBUTING.md."""
 
 import hypothesis.strategies as st
 import jax

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from flax_extra import layer as xn
+
+torch = pytest.importorskip("torch", reason="torch comes with the extra flax_extra[parity]")
 
 BATCH, TIME, FEATURES, HIDDEN = 4, 7, 5, 6
 LENGTHS = [7, 1, 4, 6]
@@ -99,13 +99,13 @@ def test_values_and_gradients(name: str, has_lengths: bool, reverse: bool, has_s
     c, h = (torch.tensor(state, requires_grad=True) for state in STATE)
     lengths = LENGTHS if has_lengths else [TIME] * BATCH
     ordered = reverse_within(x, lengths) if reverse else x
-    packed = pack_padded_sequence(
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
         ordered, torch.tensor(lengths), batch_first=True, enforce_sorted=False
     )
     state = (h[None], c[None]) if is_lstm else h[None]
     outputs, last = theirs(packed, state if has_state else None)
     last_h, last_c = last if is_lstm else (last, torch.zeros(1))
-    states, _ = pad_packed_sequence(outputs, batch_first=True, total_length=TIME)
+    states, _ = torch.nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True, total_length=TIME)
     states = reverse_within(states, lengths) if reverse else states
     ((states * torch.tensor(WEIGHT)).sum() + last_h.sum() + last_c.sin().sum()).backward()
 
