@@ -20,9 +20,11 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ROOMS = [
     "combinator/_core",
+    "combinator/_cache",
     "combinator/_words",
     "combinator/_views",
     "combinator/_diagram",
+    "combinator/_stream",
     "combinator",
     "layer",
     "testing",

@@ -18,12 +18,14 @@ the top and puts its ``n_out`` there; what it does not take passes through untou
 every word below says where items go.
 """
 
+from flax_extra.combinator._cache.cache import Cache
 from flax_extra.combinator._core.combinator import Combinator
 from flax_extra.combinator._core.context import ContextKeyword, context
-from flax_extra.combinator._core.errors import ShapeError, SharingError, SignatureError
+from flax_extra.combinator._core.errors import ShapeError, SharingError, SignatureError, StreamError
 from flax_extra.combinator._core.inference import infer_signature
 from flax_extra.combinator._core.signature import Signature
 from flax_extra.combinator._diagram.svg import Diagram, diagram
+from flax_extra.combinator._stream.stream import Stream, StreamState, stream
 from flax_extra.combinator._views.shape_signature import ShapeSignature, shape_signature
 from flax_extra.combinator._views.steps import Step
 from flax_extra.combinator._views.summary import Summary, summary
@@ -41,6 +43,7 @@ from flax_extra.combinator._words.branch import (
 from flax_extra.combinator._words.compose import Parallel, Serial, parallel, serial
 from flax_extra.combinator._words.copies import stack_layers, unstack_layers
 from flax_extra.combinator._words.fn import Fn, fn
+from flax_extra.combinator._words.hold import Hold, hold
 from flax_extra.combinator._words.merge import (
     Add,
     Concatenate,
@@ -106,6 +109,10 @@ __all__ = [
     "remat",
     "stack_layers",
     "unstack_layers",
+    # piece by piece
+    "stream",
+    "hold",
+    "Cache",
     # shapes, before there are arrays
     "shape_signature",
     "typed",
@@ -138,6 +145,9 @@ __all__ = [
     "Repeat",
     "Scan",
     "Remat",
+    "Hold",
+    "Stream",
+    "StreamState",
     "Fn",
     "ContextKeyword",
     "Typed",
@@ -145,4 +155,5 @@ __all__ = [
     "SignatureError",
     "ShapeError",
     "SharingError",
+    "StreamError",
 ]

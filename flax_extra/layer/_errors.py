@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from flax_extra import combinator as cb
+
 
 def wrong_rank(layer: str, name: str, shape: Sequence[Any], axes: str) -> ValueError:
     return ValueError(
@@ -88,19 +90,6 @@ def two_widths(layer: str, widening_factor: int, d_hidden: int) -> ValueError:
 # Recurrence.
 
 
-def wrong_lengths(layer: str, shape: Sequence[Any], dtype: Any, batch: Any) -> ValueError:
-    return ValueError(
-        f"{layer} takes lengths as integers, one for each sequence, of shape {_shape((batch,))}; "
-        f"got {dtype}{_shape(shape)}."
-    )
-
-
-def length_out_of_range(layer: str, length: Any, time: int) -> ValueError:
-    return ValueError(
-        f"{layer} takes lengths from 0 to {time}, the number of steps of its inputs; got {length}."
-    )
-
-
 def wrong_state(
     layer: str,
     names: Sequence[str],
@@ -139,6 +128,13 @@ def no_state_size(cell: str) -> ValueError:
     return ValueError(
         f"{cell} cannot make a carry of unknown size: its field features is None. Say "
         f"{cell}(features=...)."
+    )
+
+
+def runs_backward(layer: str) -> cb.StreamError:
+    return cb.StreamError(
+        f"{layer} with reverse=True cannot run piece by piece: it starts at the last step. Leave "
+        f"reverse out, or call it without decode."
     )
 
 

@@ -16,7 +16,8 @@ from flax_extra import combinator as cb
 from flax_extra.layer import _errors
 from flax_extra.layer._gated_recurrence import GatedCell, State, Weights, run_gated_cell
 from flax_extra.layer._initializers import draw_in_float32
-from flax_extra.layer._lengths import mark_valid_steps, zero_padding
+from flax_extra.layer._numerics import get_accumulation_dtype
+from flax_extra.layer._padding import zero_padding
 from flax_extra.layer._sharding import broadcast_like, shard_like
 
 KERNEL_INIT: Initializer = nn.initializers.lecun_normal()
@@ -83,10 +84,12 @@ class GatedLayer(nn.Module):
         weights: Weights,
         lengths: Array | None,
         initial_state: Sequence[Array] | None,
+        decode: bool,
     ) -> Any:
         """Runs the cell over the inputs and returns what the fields ask for."""
         name = type(self).__name__
-        valid = mark_valid_steps(name, inputs, lengths)
+        cache = cb.Cache(self, inputs, decode=decode, lengths=lengths)
+        valid = cache.is_valid if cache.has_padding else None
         state = self._zero_state(inputs)
         shape, dtype = state[0].shape, state[0].dtype
         if initial_state is not None:
@@ -95,6 +98,12 @@ class GatedLayer(nn.Module):
                 raise _errors.wrong_state(name, self.state_names, shapes, shape)
             state = tuple(shard_like(jnp.asarray(x, dtype), inputs, 1) for x in initial_state)
         inputs, *arrays = promote_dtype(inputs, *weights, dtype=self.dtype)
+        if decode:
+            if self.reverse:
+                raise _errors.runs_backward(name)
+            wide = get_accumulation_dtype(inputs, arrays[0])
+            initial = (part.astype(wide) for part in state)
+            state = tuple(map(cache.recall, self.state_names, initial))
         outputs, state = run_gated_cell(
             self.cell,
             zero_padding(inputs, valid),
@@ -104,6 +113,8 @@ class GatedLayer(nn.Module):
             reverse=self.reverse,
             return_sequences=self.return_sequences,
         )
+        for state_name, part in zip(self.state_names, state, strict=True):
+            cache.keep(state_name, part)
         state = tuple(part.astype(dtype) for part in state)
         result = state[-1] if outputs is None else outputs
         return (result, *state) if self.return_state else result

@@ -163,6 +163,7 @@ class GRU(GatedLayer):
         *,
         lengths: Integer[Array, " batch"] | None = None,
         initial_state: Float[Array, "batch d_hidden"] | None = None,
+        decode: bool = False,
     ) -> (
         Float[Array, "batch *time d_hidden"]
         | tuple[Float[Array, "batch *time d_hidden"], Float[Array, "batch d_hidden"]]
@@ -178,6 +179,8 @@ class GRU(GatedLayer):
                 state. The outputs at padding are zeros.
             initial_state: the hidden state h before the first step, ``[batch, d_hidden]``; zeros by
                 default.
+            decode: whether the inputs go on from those of the last call; see
+                :func:`flax_extra.combinator.stream`.
 
         Returns:
             The hidden state after the last step, ``[batch, d_hidden]``, or with
@@ -187,6 +190,7 @@ class GRU(GatedLayer):
         Raises:
             ValueError: If inputs, lengths or the initial state have other shapes, or lengths are
                 not integers, or are known to be out of range.
+            StreamError: If ``decode`` is true, and ``reverse`` too, or there is no state.
         """
         self._check_inputs(inputs)
         gates = [
@@ -196,7 +200,7 @@ class GRU(GatedLayer):
         parameters = self._declare_parameters("GRUCell_0", gates, inputs.shape[-1])
         state = None if initial_state is None else (initial_state,)
         outputs: Array | tuple[Array, Array]
-        outputs = self._run(inputs, _fuse_gates(parameters), lengths, state)
+        outputs = self._run(inputs, _fuse_gates(parameters), lengths, state, decode)
         return outputs
 
 

@@ -22,11 +22,11 @@ from jaxtyping import Float, Integer
 from flax_extra import combinator as cb
 from flax_extra.layer import _errors
 from flax_extra.layer._initializers import draw_in_float32
-from flax_extra.layer._lengths import mark_valid_steps, zero_padding
 from flax_extra.layer._numerics import (
     einsum_accumulated,
     match_varying_axes,
 )
+from flax_extra.layer._padding import zero_padding
 from flax_extra.layer._sharding import broadcast_like, shard_like
 
 SHARPNESS = 8.0
@@ -143,6 +143,7 @@ class LinearRecurrence(nn.Module):
         *,
         lengths: Integer[Array, " batch"] | None = None,
         initial_state: Float[Array, "batch features"] | None = None,
+        decode: bool = False,
     ) -> (
         Float[Array, "batch time features"]
         | tuple[Float[Array, "batch time features"], Float[Array, "batch features"]]
@@ -158,6 +159,8 @@ class LinearRecurrence(nn.Module):
                 state. The outputs at padding are zeros.
             initial_state: the state h before the first step, ``[batch, features]``; zeros by
                 default.
+            decode: whether the inputs go on from those of the last call; see
+                :func:`flax_extra.combinator.stream`.
 
         Returns:
             The state after every step, ``[batch, time, features]``. With ``return_state`` a tuple
@@ -167,36 +170,44 @@ class LinearRecurrence(nn.Module):
             ValueError: If inputs, lengths or the initial state have other shapes, ``n_blocks`` does
                 not divide the features, or lengths are not integers, or are known to be out of
                 range.
+            StreamError: If ``decode`` is true, and ``reverse`` too, or there is no state.
         """
-        name = type(self).__name__
-        if inputs.ndim != 3:
-            raise _errors.wrong_rank(name, "inputs", inputs.shape, "[batch, time, features]")
-        features = inputs.shape[-1]
-        if features % self.n_blocks:
-            raise _errors.indivisible_blocks(name, features, self.n_blocks)
-        valid = mark_valid_steps(name, inputs, lengths)
-        zeros = self.initial_state(inputs)
-        state = None
+        self._check_inputs(inputs, decode)
+        cache = cb.Cache(self, inputs, decode=decode, lengths=lengths)
+        valid = cache.is_valid if cache.has_padding else None
+        state = self.initial_state(inputs)
+        dtype = state.dtype
         if initial_state is not None:
             shape = jnp.shape(initial_state)
-            if shape != zeros.shape:
-                raise _errors.wrong_state(name, ["h"], [shape], zeros.shape)
-            state = shard_like(jnp.asarray(initial_state, zeros.dtype), inputs, 1)
-        (inputs,) = promote_dtype(inputs, dtype=zeros.dtype)
+            if shape != state.shape:
+                raise _errors.wrong_state(type(self).__name__, ["h"], [shape], state.shape)
+            state = shard_like(jnp.asarray(initial_state, dtype), inputs, 1)
+        (inputs,) = promote_dtype(inputs, dtype=dtype)
         inputs = zero_padding(inputs, valid)
         log_decay, forcing = self._compute_steps(inputs)
         if valid is not None:  # padding leaves the state as it is
             log_decay = jnp.where(valid[..., None], log_decay, 0)
             forcing = jnp.where(valid[..., None], forcing, 0)
-        if state is not None:
-            state = state.astype(forcing.dtype)
-        states = run_linear_recurrence(jnp.exp(log_decay), forcing, state, reverse=self.reverse)
-        outputs = zero_padding(states, valid).astype(zeros.dtype)
-        if not self.return_state:
-            return outputs
-        if isinstance(inputs.shape[1], int) and inputs.shape[1] == 0:
-            return outputs, zeros if state is None else state.astype(zeros.dtype)
-        return outputs, states[:, 0 if self.reverse else -1].astype(zeros.dtype)
+        state = cache.recall("h", state.astype(forcing.dtype))
+        is_zero = initial_state is None and not cache.is_streaming
+        states = run_linear_recurrence(
+            jnp.exp(log_decay), forcing, None if is_zero else state, reverse=self.reverse
+        )
+        if not _is_empty(states):
+            state = states[:, 0 if self.reverse else -1]
+        cache.keep("h", state)
+        outputs = zero_padding(states, valid).astype(dtype)
+        return (outputs, state.astype(dtype)) if self.return_state else outputs
+
+    @nn.nowrap
+    def _check_inputs(self, inputs: Array, decode: bool) -> None:
+        name = type(self).__name__
+        if inputs.ndim != 3:
+            raise _errors.wrong_rank(name, "inputs", inputs.shape, "[batch, time, features]")
+        if inputs.shape[-1] % self.n_blocks:
+            raise _errors.indivisible_blocks(name, inputs.shape[-1], self.n_blocks)
+        if decode and self.reverse:
+            raise _errors.runs_backward(name)
 
     @nn.nowrap
     def _compute_steps(self, inputs: Array) -> tuple[Array, Array]:
@@ -219,6 +230,11 @@ class LinearRecurrence(nn.Module):
         # A square root of exactly zero would have an infinite derivative.
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay), np.finfo(dtype).tiny))
         return log_decay, scale * input_gate * inputs.astype(dtype)
+
+
+def _is_empty(sequence: Array) -> bool:
+    time: Any = sequence.shape[1]
+    return isinstance(time, int) and time == 0
 
 
 class _BlockDiagonal(nn.Module):

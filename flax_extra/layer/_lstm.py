@@ -274,6 +274,7 @@ class LSTM(GatedLayer):
         lengths: Integer[Array, " batch"] | None = None,
         initial_state: tuple[Float[Array, "batch d_hidden"], Float[Array, "batch d_hidden"]]
         | None = None,
+        decode: bool = False,
     ) -> (
         Float[Array, "batch *time d_hidden"]
         | tuple[
@@ -293,6 +294,8 @@ class LSTM(GatedLayer):
                 state. The outputs at padding are zeros.
             initial_state: the memory c and the hidden state h before the first step, both
                 ``[batch, d_hidden]``; zeros by default.
+            decode: whether the inputs go on from those of the last call; see
+                :func:`flax_extra.combinator.stream`.
 
         Returns:
             The hidden state after the last step, ``[batch, d_hidden]``, or with
@@ -302,6 +305,7 @@ class LSTM(GatedLayer):
         Raises:
             ValueError: If inputs, lengths or the initial state have other shapes, or lengths are
                 not integers, or are known to be out of range.
+            StreamError: If ``decode`` is true, and ``reverse`` too, or there is no state.
         """
         self._check_inputs(inputs)
         gates = [
@@ -310,7 +314,7 @@ class LSTM(GatedLayer):
         ]
         parameters = self._declare_parameters("LSTMCell_0", gates, inputs.shape[-1])
         outputs: Array | tuple[Array, Array, Array]
-        outputs = self._run(inputs, _fuse_gates(parameters), lengths, initial_state)
+        outputs = self._run(inputs, _fuse_gates(parameters), lengths, initial_state, decode)
         return outputs
 
 

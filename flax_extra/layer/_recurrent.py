@@ -13,8 +13,8 @@ from jaxtyping import Float, Integer, Shaped
 
 from flax_extra import combinator as cb
 from flax_extra.layer import _errors
-from flax_extra.layer._lengths import mark_valid_steps, zero_padding
 from flax_extra.layer._numerics import match_varying_axes
+from flax_extra.layer._padding import zero_padding
 from flax_extra.layer._sharding import shard_like
 
 
@@ -109,6 +109,7 @@ class Recurrent(nn.Module):
         *,
         lengths: Integer[Array, " batch"] | None = None,
         initial_state: Any = None,
+        decode: bool = False,
     ) -> Shaped[Array, " batch *time_and_features"] | tuple[Any, ...]:
         """Runs over the sequence.
 
@@ -121,6 +122,8 @@ class Recurrent(nn.Module):
                 from the last valid step to the first; with no valid step the carry is the initial
                 one. The outputs at padding are zeros.
             initial_state: the carry before the first step; ``initial_state(inputs)`` by default.
+            decode: whether the inputs go on from those of the last call; see
+                :func:`flax_extra.combinator.stream`.
 
         Returns:
             The output of the last valid step, zeros if there is none, or with ``return_sequences``
@@ -130,13 +133,17 @@ class Recurrent(nn.Module):
         Raises:
             ValueError: If inputs, lengths or the initial state have other shapes, or lengths are
                 not integers, or are known to be out of range.
+            StreamError: If ``decode`` is true, and ``reverse`` too, or there is no state.
         """
         name = type(self).__name__
         n_axes = 2 + self.cell.num_feature_axes
         if inputs.ndim != n_axes:
             axes = ", ".join(["batch", "time", *["..."] * (n_axes > 3), "features"])
             raise _errors.wrong_rank(name, "inputs", inputs.shape, f"[{axes}]")
-        valid = mark_valid_steps(name, inputs, lengths)
+        cache = cb.Cache(self, inputs, decode=decode, lengths=lengths)
+        valid = cache.is_valid if cache.has_padding else None
+        if decode and self.reverse:
+            raise _errors.runs_backward(name)
         carry = self.initial_state(inputs)
         if initial_state is not None:
             found, expected = (jax.tree.map(jnp.shape, tree) for tree in (initial_state, carry))
@@ -147,6 +154,7 @@ class Recurrent(nn.Module):
                 initial_state,
                 carry,
             )
+        carry = cache.recall("carry", carry)
         inputs = zero_padding(inputs, valid)
         # The carry of a loop must vary over the same axes of a mesh as all that is computed from.
         carry, _ = match_varying_axes((carry, (inputs, valid, dict(self.variables))))
@@ -160,6 +168,7 @@ class Recurrent(nn.Module):
             reverse=self.reverse,
         )
         carry, outputs = scan(self.cell, carry, (inputs, valid))
+        cache.keep("carry", carry)
         if not self.return_sequences:
             outputs = _take_last(outputs, lengths, self.reverse)
         return (outputs, *_flatten_tuples(carry)) if self.return_state else outputs

@@ -170,7 +170,7 @@ def pipelines(
             leaves are functions, Dense, LayerNorm and Dropout.
         combinators: the names of the combinators to build with; all by default. If the items are
             no arrays, use those that only move items: ``SHUFFLING``.
-        shape: the shape of the items. A ``scan`` needs three axes.
+        shape: the shape of the items. ``scan`` and ``hold`` need three axes.
         max_depth: how many levels a pipeline has, at most.
 
     Returns:
@@ -178,7 +178,7 @@ def pipelines(
 
     Raises:
         InvalidArgument: If there are no leaves, a combinator is not known, or the shape is not one
-            of arrays, or has too few axes for a ``scan``.
+            of arrays, or has too few axes for ``scan`` or ``hold``.
 
     Example:
         >>> from flax_extra import combinator as cb, testing
@@ -236,14 +236,14 @@ def _built_in(key: str, shape: tuple[int, ...]) -> Parts:
 
 
 def _allowed(combinators: Iterable[str] | None, shape: tuple[int, ...]) -> frozenset[str]:
-    fits_scan = len(shape) > TIME + 1
+    has_time = len(shape) > TIME + 1
     if combinators is None:
-        return frozenset(COMBINATORS if fits_scan else COMBINATORS - {"scan"})
+        return frozenset(COMBINATORS if has_time else COMBINATORS - OVER_TIME)
     asked = frozenset(combinators)
     if asked - COMBINATORS:
         raise _errors.unknown_combinators("pipelines", asked - COMBINATORS, COMBINATORS)
-    if "scan" in asked and not fits_scan:
-        raise _errors.no_time_axis("pipelines", shape)
+    if asked & OVER_TIME and not has_time:
+        raise _errors.no_time_axis("pipelines", min(asked & OVER_TIME), shape)
     return asked
 
 
@@ -289,7 +289,7 @@ class _Grammar:
     def within_scan(self) -> _Grammar:
         """Returns the grammar of a cell, whose items have no time axis."""
         shape = (*self.shape[:TIME], *self.shape[TIME + 1 :])
-        allowed = self.allowed if len(shape) > TIME + 1 else self.allowed - {"scan"}
+        allowed = self.allowed if len(shape) > TIME + 1 else self.allowed - OVER_TIME
         return dataclasses.replace(self, shape=shape, allowed=allowed)
 
 
@@ -420,14 +420,27 @@ def _repeats(grammar: _Grammar) -> Parts:
 
 def _scans(grammar: _Grammar) -> Parts:
     def build(f: Part, reverse: bool) -> Part:
-        missing = max(0, 2 - cb.infer_signature(f).n_in)
-        cell: cb.Combinator = cb.parallel(f, cb.identity(missing)) if missing else cb.fn(f)
-        if cell.signature.n_out == 0:
-            cell = cell @ cb.identity()
+        cell = _as_cell(f)
         started = cb.parallel(first_step, cb.identity(cell.signature.n_in - 1))
         return started >> cb.scan(cell, n_carry=1, reverse=reverse, axis=TIME) >> cb.drop()
 
     return st.builds(build, grammar.within_scan().parts(), st.booleans())
+
+
+def _holds(grammar: _Grammar) -> Parts:
+    """Holds recurrent cells, so that the result runs block by block."""
+
+    def build(f: Part) -> Part:
+        return cb.hold(cb.scan(_as_cell(f), n_carry=1, axis=TIME), first_step, axis=TIME)
+
+    return st.builds(build, grammar.within_scan().parts())
+
+
+def _as_cell(f: Part) -> cb.Combinator:
+    """Makes a cell with one item of carry."""
+    missing = max(0, 2 - cb.infer_signature(f).n_in)
+    cell: cb.Combinator = cb.parallel(f, cb.identity(missing)) if missing else cb.fn(f)
+    return cell if cell.signature.n_out else cell @ cb.identity()
 
 
 GROWN: Mapping[str, Callable[[_Grammar], Parts]] = {
@@ -441,12 +454,16 @@ GROWN: Mapping[str, Callable[[_Grammar], Parts]] = {
     "fold": _folds,
     "repeat": _repeats,
     "scan": _scans,
+    "hold": _holds,
     "remat": lambda grammar: st.builds(cb.remat, grammar.parts()),
 }
 """Strategies for combinators with children, by name."""
 
 COMBINATORS = frozenset(LEAVES) | frozenset(GROWN)
 """The combinators that pipelines are built with."""
+
+OVER_TIME = frozenset({"scan", "hold"})
+"""The combinators that run over a time axis."""
 
 MOVING = frozenset({"identity", "dup", "drop", "swap", "select"})
 SHUFFLING = MOVING | {"serial", "parallel", "branch", "keep", "dip", "fn", "fold"}

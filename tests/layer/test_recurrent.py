@@ -772,14 +772,14 @@ C, H = LSTM.state()
     [
         (
             lambda: LSTM.run(lengths=np.array([1, 2])),
-            "LSTM takes lengths as integers, one for each sequence, of shape [3]; got int32[2].",
+            "LSTM takes lengths as integers, one for each sequence, of shape [3]; got i32[2].",
         ),
-        (lambda: LSTM.run(lengths=np.ones((3, 1), int)), "of shape [3]; got int32[3, 1]."),
+        (lambda: LSTM.run(lengths=np.ones((3, 1), int)), "of shape [3]; got i32[3, 1]."),
         (lambda: GRU.run(lengths=np.ones(3, np.float32)), "GRU takes lengths as integers"),
         (lambda: LSTM.run(lengths=np.ones(3, bool)), "of shape [3]; got bool[3]."),
         (
             lambda: xn.LSTM(HIDDEN).apply(LSTM.variables(), X, lengths=[6, 7, 8]),
-            "LSTM takes lengths from 0 to 6, the number of steps of its inputs; got 7.",
+            "LSTM takes lengths from 0 to 6, the number of steps of its inputs; got 7, 8.",
         ),
         (
             lambda: xn.GRU(HIDDEN).apply(GRU.variables(), X, lengths=[-1, 0, 6]),

@@ -3,7 +3,8 @@
     ValueError
     ├── SignatureError    a callable takes or gives another number of items than it should
     ├── ShapeError        a shape is not as declared, or cannot be known for every size
-    └── SharingError      one layer instance would need two sets of parameters
+    ├── SharingError      one layer instance would need two sets of parameters
+    └── StreamError       a pipeline cannot run piece by piece, or a stream cannot go on
 
 An argument of the wrong type, or a keyword that no layer takes, is a plain ``TypeError``.
 
@@ -60,7 +61,20 @@ class SharingError(ValueError):
     """
 
 
-for _exception in (SignatureError, ShapeError, SharingError):
+class StreamError(ValueError):
+    """A pipeline cannot run piece by piece, or a stream cannot go on.
+
+    Example:
+        >>> from flax_extra import combinator as cb, layer as xn
+        >>> cb.stream(xn.LSTM(4, return_sequences=True, reverse=True), "f32[b, t, 8]")
+        Traceback (most recent call last):
+            ...
+        flax_extra.combinator.StreamError: LSTM with reverse=True cannot run piece by piece: it \
+starts at the last step. Leave reverse out, or call it without decode.
+    """
+
+
+for _exception in (SignatureError, ShapeError, SharingError, StreamError):
     _exception.__module__ = "flax_extra.combinator"  # where people find them
 
 NOTE_PREFIX = "flax_extra: in "

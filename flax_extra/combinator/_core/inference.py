@@ -301,13 +301,14 @@ def _assign_items(
 ) -> tuple[list[inspect.Parameter], Nesting]:
     """Assigns ``n_in`` items to the parameters in order, keyword-only ones after the others.
 
-    A variadic parameter takes the rest.
+    A variadic parameter takes the rest. A mode, such as ``deterministic: bool``, is no item.
     """
     free = [p for p in parameters.values() if p.name not in fixed]
     is_variadic = any(p.kind is p.VAR_POSITIONAL for p in free)
     positional = [p for p in free if p.kind in _POSITIONAL]
     # Items for *args come before keyword-only parameters, and take all that is left.
-    by_keyword = [] if is_variadic else [p for p in free if p.kind is p.KEYWORD_ONLY]
+    by_keyword = [p for p in free if p.kind is p.KEYWORD_ONLY and not is_variadic]
+    by_keyword = [p for p in by_keyword if not _is_mode(p, scope)]
     candidates = [*positional, *by_keyword]
     n_required = sum(not _has_default(p) for p in positional)
     shapes = [
@@ -338,6 +339,11 @@ def _assign_items(
     if left and not is_variadic:
         raise errors.wrong_n_in(get_name(f), n_in, least, most)
     return inputs, (*in_shape, *((),) * left)
+
+
+def _is_mode(parameter: inspect.Parameter, scope: AnnotationScope) -> bool:
+    annotation = scope.resolve(parameter.annotation)
+    return annotation is bool or set(typing.get_args(annotation)) == {bool, types.NoneType}
 
 
 def _count_or_one(shape: Nesting | NoNesting) -> int:

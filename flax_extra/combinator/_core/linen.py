@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from flax import linen as nn
 from flax.core import scope as flax_scope
+from flax.core import unfreeze as flax_unfreeze
 from flax.linen import module as linen_module
 from flax.traverse_util import flatten_dict
 
@@ -250,6 +251,22 @@ def read_collection(module: nn.Module, collection: str) -> dict[tuple[str, ...],
     """Returns the variables of a module, and of those in it, by their paths."""
     flat: dict[tuple[str, ...], Any] = flatten_dict(module.variables[collection])  # type: ignore[no-untyped-call]
     return flat
+
+
+def unfreeze(variables: Any) -> dict[str, Any]:
+    """Returns variables as dictionaries that can be changed. Linen may give frozen ones."""
+    unfrozen: dict[str, Any] = flax_unfreeze(variables)
+    return unfrozen
+
+
+def declare_variable(
+    module: nn.Module, collection: str, name: str, make: Callable[[], Any]
+) -> flax_scope.Variable[Any]:
+    """Returns a variable of a module, and makes it if there is none. Its call is not compact."""
+    scope: Any = module.scope
+    if not scope.has_variable(collection, name):
+        scope.put_variable(collection, name, make())
+    return flax_scope.Variable(scope, collection, name, unbox=True)
 
 
 def write_variable(module: nn.Module, collection: str, path: tuple[str, ...], value: Any) -> None:

@@ -8,6 +8,9 @@ on a leading axis. If all turns share their variables, then in a loop
 - values that turns append, as ``sow`` does by default, are stacked on a leading axis;
 - each turn has random numbers of its own, whichever way the rng was given.
 
+What copies remember in a stream is stacked, and the loop carries it whole: each turn reads and
+writes its entry in place.
+
 A value that does not exist yet has no place in the carry of a loop. So the first turn then runs
 outside of it, makes the value, and the loop runs the other turns.
 """
@@ -23,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_extra.combinator._cache.cache import COLLECTION
+from flax_extra.combinator._cache.entry import Copy, Entry
 from flax_extra.combinator._core import errors, linen
 from flax_extra.combinator._core.combinator import Combinator
 from flax_extra.combinator._core.describe import describe_item
@@ -69,8 +74,7 @@ class Loop:
             return self._run_plain(carry, xs)
         if self.has_copies:
             self._check_copies(self.owner.variables)
-            variables: dict[str, Any] = {"variable_axes": {True: 0}, "split_rngs": {True: True}}
-            return self._run_lifted(carry, xs, variables)
+            return self._run_copies(carry, xs)
         state = _State(self.owner)
         if self._makes_values(state):
             return self._run_and_make(carry, xs, state)
@@ -94,10 +98,15 @@ class Loop:
 
     def _run_lifted(self, carry: Any, xs: Any, variables: Mapping[str, Any]) -> tuple[Any, Any]:
         """Runs linen's lifted scan."""
+        body: Any = self.body
+        in_axes: Any = self.axis
+        if self._carries_state:
+            body, in_axes = self._run_in_place, ((0, self.axis),)
+            xs = jnp.arange(self.length), xs
         scan = nn.scan(
-            self.body,
+            body,
             **variables,
-            in_axes=self.axis,
+            in_axes=in_axes,
             out_axes=self.axis,
             length=self.length if xs is None else None,  # a symbolic length is that of xs
             reverse=self.reverse,
@@ -106,6 +115,49 @@ class Loop:
             check_constancy_invariants=False,
         )
         result: tuple[Any, Any] = scan(self.owner, carry, xs)
+        return result
+
+    def _run_copies(self, carry: Any, xs: Any) -> tuple[Any, Any]:
+        """Runs turns that each have variables of their own."""
+        own: Any = linen.subtract_filters(True, COLLECTION) if self._carries_state else True
+        return self._run_lifted(
+            carry,
+            xs,
+            {
+                "variable_axes": {linen.make_hashable(own): 0},
+                "variable_carry": [COLLECTION] if self._carries_state else False,
+                "split_rngs": {True: True},
+            },
+        )
+
+    @property
+    def _carries_state(self) -> bool:
+        """Whether turns read and write the state of a stream, each its own entry of it."""
+        return (
+            (self.has_copies or COLLECTION in self.per_turn)
+            and not self.owner.is_initializing()
+            and self.owner.is_mutable_collection(COLLECTION)
+            and any(COLLECTION in module.variables for module in self._list_modules())
+        )
+
+    def _list_modules(self) -> list[nn.Module]:
+        # Layers of copies are bound in the loop.
+        return [self.owner] if self.has_copies else _list_modules(self.owner)
+
+    def _run_in_place(
+        self, owner: Combinator, carry: Any, turn: tuple[Any, Any]
+    ) -> tuple[Any, Any]:
+        """Runs one turn on its entry of the state of a stream."""
+        index, xs = turn
+        copy = Copy(index)
+        run = nn.map_variables(
+            self.body,
+            COLLECTION,
+            trans_in_fn=copy.enter,
+            trans_out_fn=copy.leave,
+            mutable=True,
+        )
+        result: tuple[Any, Any] = run(owner, carry, xs)
         return result
 
     def _check_copies(self, variables: Mapping[str, Any]) -> None:
@@ -133,11 +185,11 @@ class Loop:
 
     def _share_variables(self, state: _State, stacked: Iterable[str]) -> dict[str, Any]:
         """Says how collections and rngs go through the loop."""
-        stacked = {*stacked, *self.per_turn}
-        carried = sorted({key[1] for key in state.read()} - stacked)
+        per_turn = {*self.per_turn}.difference([COLLECTION] if self._carries_state else [])
+        carried = sorted({key[1] for key in state.read()} - {*stacked, *per_turn})
         mutable = linen.get_mutable_collections(self.owner)
         new = linen.subtract_filters(mutable, ["params", *carried])
-        axes = linen.union_filters(new, sorted(self.per_turn))
+        axes = linen.union_filters(new, sorted(per_turn))
         return {
             "variable_axes": {linen.make_hashable(axes): 0},
             "variable_carry": carried,
@@ -247,13 +299,12 @@ class _State:
     """
 
     def __init__(self, owner: Combinator) -> None:
-        shared = [m for m in owner._binding.modules if m.parent is not owner]
-        self._modules: list[nn.Module] = [owner, *shared]
+        self._modules = _list_modules(owner)
 
     def read(self) -> dict[Key, Any]:
         """Reads all values."""
         return {
-            (index, collection, path): value
+            (index, collection, path): value.unbox() if isinstance(value, Entry) else value
             for index, module in enumerate(self._modules)
             for collection in linen.list_mutable(module)
             if collection != "params"
@@ -275,6 +326,11 @@ class _State:
                 self.remove(key)
         for key, value in values.items():
             self.write(key, value)
+
+
+def _list_modules(owner: Combinator) -> list[nn.Module]:
+    """Lists a combinator, and the layers in it that belong to another scope."""
+    return [owner, *(m for m in owner._binding.modules if m.parent is not owner)]
 
 
 def _count_entries(values: Mapping[Key, Any], key: Key) -> int:

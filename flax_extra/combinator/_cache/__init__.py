@@ -1,0 +1,1 @@
+"""What layers remember from block to block of a stream."""

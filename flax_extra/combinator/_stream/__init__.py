@@ -1,0 +1,1 @@
+"""Runs a pipeline block by block, and refuses one that cannot run so."""
