@@ -15,6 +15,7 @@
 from flax_extra.layer import io
 from flax_extra.layer._attend import attend, cross_attention_mask
 from flax_extra.layer._attention import Attention, KVQAttention, QKVAttention, SelfAttention
+from flax_extra.layer._causal_conv import CausalConv
 from flax_extra.layer._decoding import Decoding, EmbedDecoding
 from flax_extra.layer._encoding import Encoding
 from flax_extra.layer._feed_forward import FeedForward
@@ -35,6 +36,7 @@ from flax_extra.layer._positional import (
     TrainablePositionalPadding,
 )
 from flax_extra.layer._recurrent import Recurrent
+from flax_extra.layer._rotary import LinearScaling, Llama3Scaling, RotaryEncoding
 
 __all__ = [
     # attention
@@ -46,6 +48,8 @@ __all__ = [
     "SelfAttention",
     # feed-forward
     "FeedForward",
+    # convolutional
+    "CausalConv",
     # recurrent
     "LSTM",
     "LSTMCell",
@@ -53,6 +57,9 @@ __all__ = [
     "Recurrent",
     "LinearRecurrence",
     # positional
+    "RotaryEncoding",
+    "LinearScaling",
+    "Llama3Scaling",
     "TrainablePositionalEncoding",
     "FourierPositionEncoding",
     "interpolate_positions",

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from flax import linen as nn
 
+from flax_extra import combinator as cb
 from flax_extra.layer import _errors
 
 Constructor: TypeAlias = Callable[..., Callable[..., Any]]
@@ -30,12 +31,16 @@ def check_constructor(layer: str, name: str, given: object) -> None:
 
 
 def select_keywords(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
-    """Selects the keywords that a function, or the call of a module, names as parameters."""
+    """Selects the keywords that a function, a module or a pipeline takes."""
     try:
-        parameters = inspect.signature(function).parameters
+        names = (
+            function.keywords
+            if isinstance(function, cb.Combinator)
+            else inspect.signature(function).parameters
+        )
     except ValueError:  # a function written in C
         return {}
-    return {name: value for name, value in keywords.items() if name in parameters}
+    return {name: value for name, value in keywords.items() if name in names}
 
 
 def _return_argument(x: Any) -> Any:

@@ -7,15 +7,21 @@ to Improve Language Models" (2017).
 
 from __future__ import annotations
 
+
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jax import Array
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Integer, Shaped
 
 from flax_extra.layer import _errors
-from flax_extra.layer._constructor import Constructor, check_constructor, make_identity
+from flax_extra.layer._constructor import (
+    Constructor,
+    check_constructor,
+    make_identity,
+    select_keywords,
+)
 from flax_extra.layer._sharding import broadcast_like
 
 
@@ -144,14 +150,26 @@ class Decoding(nn.Module):
         self.embedding_decoder = self.embedding_decoding()
         self.postprocessor = self.postprocessing()
 
-    def __call__(self, outputs: Float[Array, "batch time features"]) -> Shaped[Array, "batch ..."]:
+    def __call__(
+        self,
+        outputs: Float[Array, "batch time features"],
+        *,
+        lengths: Integer[Array, " batch"] | None = None,
+        decode: bool = False,
+    ) -> Shaped[Array, "batch ..."]:
         """Decodes the outputs.
 
         Args:
             outputs: the model's outputs, ``[batch, time, features]``.
+            lengths: how many steps of each sequence are valid, integers ``[batch]``: for parts that
+                take it.
+            decode: whether the outputs go on from those of the last call; see
+                :func:`flax_extra.combinator.stream`.
 
         Returns:
             The decoded and postprocessed outputs, ``[batch, ...]``.
         """
-        decoded: Array = self.postprocessor(self.embedding_decoder(outputs))
+        decoded: Array = outputs
+        for part in (self.embedding_decoder, self.postprocessor):
+            decoded = part(decoded, **select_keywords(part, lengths=lengths, decode=decode))
         return decoded

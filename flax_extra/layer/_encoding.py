@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from flax import linen as nn
 from jax import Array
-from jaxtyping import Shaped
+from jaxtyping import Integer, Shaped
 
 from flax_extra import combinator as cb
 from flax_extra.layer import _errors
@@ -99,7 +100,12 @@ class Encoding(nn.Module):
             self.position_encoder = self.positional_encoding()
 
     def __call__(
-        self, inputs: Shaped[Array, "batch ..."], output_positions: OutputPositions | None = None
+        self,
+        inputs: Shaped[Array, "batch ..."],
+        output_positions: OutputPositions | None = None,
+        *,
+        lengths: Integer[Array, " batch"] | None = None,
+        decode: bool = False,
     ) -> Shaped[Array, "batch time features"]:
         """Encodes the inputs as a sequence.
 
@@ -108,6 +114,10 @@ class Encoding(nn.Module):
                 features]``; the axes between are flattened to a time axis in row-major order.
             output_positions: the positions to encode, ``[time]``; all by default. A list, a numpy
                 array, or a jax array, which may be traced.
+            lengths: how many steps of each sequence are valid, integers ``[batch]``: for parts that
+                take it.
+            decode: whether the inputs go on from those of the last call; see
+                :func:`flax_extra.combinator.stream`.
 
         Returns:
             The encoded sequence, ``[batch, time, features]``.
@@ -118,7 +128,11 @@ class Encoding(nn.Module):
                 another length than the inputs.
         """
         name = type(self).__name__
-        sequence = _flatten_to_sequence(name, self.preprocessor(inputs))
+        if decode and output_positions is not None:
+            raise _errors.positions_in_stream(name)
+        stream: dict[str, Any] = {"decode": decode, "lengths": lengths}
+        preprocessed = self.preprocessor(inputs, **select_keywords(self.preprocessor, **stream))
+        sequence = _flatten_to_sequence(name, preprocessed)
         length = None
         if output_positions is None:
             length = sequence.shape[1]
@@ -127,7 +141,7 @@ class Encoding(nn.Module):
             sequence = take_rows(sequence, indices, axis=1)
         if self.positional_encoding is None:
             return sequence
-        keywords = select_keywords(self.position_encoder, length=length, like=sequence)
+        keywords = select_keywords(self.position_encoder, length=length, like=sequence, **stream)
         positions = self.position_encoder(sequence.shape[0], output_positions, **keywords)
         if positions.shape[1] != sequence.shape[1]:
             raise _errors.mismatched_positions(name, sequence.shape[1], positions.shape[1])

@@ -138,7 +138,52 @@ def runs_backward(layer: str) -> cb.StreamError:
     )
 
 
+# Convolution.
+
+
+def indivisible_groups(layer: str, features_in: Any, features: Any, groups: Any) -> ValueError:
+    return ValueError(
+        f"{layer} splits the features of inputs and outputs evenly into groups; the inputs have "
+        f"{features_in}, the outputs {features}, and groups is {groups}. Choose numbers of "
+        f"features that are multiples of {groups}."
+    )
+
+
+def block_and_strides(layer: str, time: Any, strides: int) -> cb.StreamError:
+    return cb.StreamError(
+        f"{layer} with strides {strides} takes blocks whose length is a multiple of {strides}; got "
+        f"a block of {time} steps."
+    )
+
+
+def lengths_and_strides(layer: str, strides: int) -> cb.StreamError:
+    return cb.StreamError(
+        f"{layer} with strides {strides} takes blocks of a stream without lengths, since rows "
+        f"would come out of step; got lengths. Give every row a whole block."
+    )
+
+
 # Positions.
+
+
+def not_positive(layer: str, name: str, value: Any) -> ValueError:
+    return ValueError(f"{layer} takes {name} above 0; got {value}.")
+
+
+def wrong_turns(layer: str, low: Any, high: Any) -> ValueError:
+    return ValueError(f"{layer} takes low_turns below high_turns; got {low} and {high}.")
+
+
+def wrong_fraction(layer: str, fraction: Any) -> ValueError:
+    return ValueError(f"{layer} takes a fraction above 0 and at most 1; got {fraction}.")
+
+
+def odd_features(layer: str, size: int, features: Any, fraction: Any) -> ValueError:
+    return ValueError(
+        f"{layer} turns pairs of features; of {features} features, the fraction {fraction} is "
+        f"{size}, which is odd. Choose an even number of features for each head, or another "
+        f"fraction."
+    )
 
 
 def wrong_positions(layer: str, dtype: Any, shape: Sequence[Any]) -> ValueError:
@@ -220,6 +265,35 @@ def wrong_grid(table_seqshape: Sequence[int], found: int, positions: int) -> Val
         f"interpolate_positions takes as table_seqshape the grid that the rows of the table stand "
         f"for; got {_shape(table_seqshape)}, which has {found} positions, for a table of "
         f"{positions} rows."
+    )
+
+
+def no_block_length(layer: str) -> ValueError:
+    return ValueError(
+        f"{layer} needs the length of each block of a stream; got decode=True without length. Call "
+        f"it with length=..., or in an xn.Encoding, which tells it."
+    )
+
+
+def stream_too_long(layer: str, position: int, seqlen: int) -> cb.StreamError:
+    return cb.StreamError(
+        f"{layer} has {seqlen} positions, and a row of the stream came to position {position}. "
+        f"Build it with more, or start the row anew: stream.reset(state, rows)."
+    )
+
+
+def positions_in_stream(layer: str) -> ValueError:
+    return ValueError(
+        f"{layer} goes on from the last block in a stream, at positions of its own; got output "
+        f"positions. Leave them out, or call it without decode."
+    )
+
+
+def no_order_in_time(layer: str) -> cb.StreamError:
+    return cb.StreamError(
+        f"{layer} cannot run piece by piece: it puts one modality after another, not one block "
+        f"after another. Stream the part of the pipeline after it; or, if its inputs are the same "
+        f"for all blocks, keep decode away: cb.fn({layer}(...), decode=False)."
     )
 
 

@@ -127,6 +127,8 @@ class MultimodalEncoding(nn.Module):
         self,
         multimodal_inputs: Sequence[Shaped[Array, "batch ..."]],
         multimodal_output_positions: MultimodalPositions | None = None,
+        *,
+        decode: bool = False,
     ) -> tuple[Float[Array, "batch time features"], list[int]]:
         """Encodes the inputs of all modalities as one sequence.
 
@@ -135,6 +137,8 @@ class MultimodalEncoding(nn.Module):
             multimodal_output_positions: a list with the positions to encode of each modality,
                 ``[time]``, or None for all its positions. None instead of the list stands for all
                 positions of all modalities.
+            decode: only False is supported: in a stream, one modality would come after another in
+                each block.
 
         Returns:
             The sequence, ``[batch, time, features]``, and a list with the length of each modality
@@ -143,7 +147,9 @@ class MultimodalEncoding(nn.Module):
         Raises:
             ValueError: If an argument is not a list with one item for each modality, or an encoding
                 does not return ``[batch, time, features]``.
+            StreamError: If ``decode`` is true.
         """
+        _refuse_stream(self, decode)
         _check_one_per_modality(self, "multimodal_inputs", multimodal_inputs)
         positions = _list_positions(self, multimodal_output_positions)
         encoded = [
@@ -241,6 +247,7 @@ class MultimodalPositionalEncoding(nn.Module):
         multimodal_output_positions: MultimodalPositions | None = None,
         *,
         like: Shaped[Array, "batch ..."] | None = None,
+        decode: bool = False,
     ) -> tuple[Float[Array, "batch time features"], list[int]]:
         """Encodes the positions of all modalities as one sequence.
 
@@ -251,6 +258,8 @@ class MultimodalPositionalEncoding(nn.Module):
                 positions of all modalities.
             like: an array of the batch, ``[batch, ...]``. On a mesh with explicit axes, and inside
                 ``jax.shard_map``, the result is sharded along the batch as this array is.
+            decode: only False is supported: in a stream, one modality would come after another in
+                each block.
 
         Returns:
             The sequence, ``[batch, time, features]``, and a list with the length of each modality
@@ -259,7 +268,9 @@ class MultimodalPositionalEncoding(nn.Module):
         Raises:
             ValueError: If the output positions are not a list with one item for each modality, or
                 an encoding does not return ``[batch, time, features]``.
+            StreamError: If ``decode`` is true.
         """
+        _refuse_stream(self, decode)
         positions = _list_positions(self, multimodal_output_positions)
         encoded = [
             encode(batch_size, at, **select_keywords(encode, like=like))
@@ -332,7 +343,11 @@ class MultimodalDecoding(nn.Module):
         self.decoder = [construct() for construct in self.modalities]
 
     def __call__(
-        self, outputs: Float[Array, "batch time features"], seqlen_outputs: Sequence[int]
+        self,
+        outputs: Float[Array, "batch time features"],
+        seqlen_outputs: Sequence[int],
+        *,
+        decode: bool = False,
     ) -> Shaped[Array, "batch ..."] | list[Shaped[Array, "batch ..."]]:
         """Decodes the outputs of each modality.
 
@@ -340,6 +355,8 @@ class MultimodalDecoding(nn.Module):
             outputs: the model's outputs, ``[batch, time, features]``.
             seqlen_outputs: a list with the length of each modality in the outputs, as Python
                 numbers.
+            decode: only False is supported: in a stream, one modality would come after another in
+                each block.
 
         Returns:
             The decoded outputs: an array if there is one modality, a list of arrays if there are
@@ -348,7 +365,9 @@ class MultimodalDecoding(nn.Module):
         Raises:
             ValueError: If there is not one length for each modality, the lengths do not sum to the
                 length of the outputs, or a length is below 0 or traced.
+            StreamError: If ``decode`` is true.
         """
+        _refuse_stream(self, decode)
         parts = self._split_time(self.embedding_decoder(outputs), seqlen_outputs)
         decoded = [decode(part) for decode, part in zip(self.decoder, parts, strict=True)]
         return decoded if self.n_modalities > 1 else decoded[0]
@@ -374,6 +393,11 @@ class MultimodalDecoding(nn.Module):
 
 
 Encoder: TypeAlias = MultimodalEncoding | MultimodalPositionalEncoding
+
+
+def _refuse_stream(layer: Encoder | MultimodalDecoding, decode: bool) -> None:
+    if decode:
+        raise _errors.no_order_in_time(type(layer).__name__)
 
 
 def _check_modalities(layer: Encoder | MultimodalDecoding) -> None:

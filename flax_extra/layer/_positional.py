@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jax import Array
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Float32, Int32, Integer, Shaped
 
 from flax_extra.layer import _errors
 from flax_extra.layer._initializers import TRUNCATED_NORMAL
@@ -27,6 +27,7 @@ from flax_extra.layer._positions import (
     OutputPositions,
     convert_to_indices,
     is_traced,
+    locate_block,
     take_first_rows,
     take_rows,
 )
@@ -87,6 +88,8 @@ class TrainablePositionalEncoding(nn.Module):
         *,
         length: int | None = None,
         like: Shaped[Array, "batch ..."] | None = None,
+        lengths: Integer[Array, " batch"] | None = None,
+        decode: bool = False,
     ) -> Float[Array, "batch time features"]:
         """Gives the vectors of all positions, or of the first ones, to each example of a batch.
 
@@ -96,18 +99,28 @@ class TrainablePositionalEncoding(nn.Module):
             length: the length of the sequence; ``seqlen`` by default.
             like: an array of the batch, ``[batch, ...]``. On a mesh with explicit axes, and inside
                 ``jax.shard_map``, the result is sharded along the batch as this array is.
+            decode: whether the positions go on from the last block of a stream; see
+                :func:`flax_extra.combinator.stream`. It needs ``length``.
+            lengths: how many steps of the block are valid in each row, ``[batch]``.
 
         Returns:
-            The same vectors for each example, ``[batch, length, dimension]``.
+            The same vectors for each example, ``[batch, length, dimension]``; in a stream, those at
+            the positions of each row. Past ``seqlen`` they are NaN in a compiled program.
 
         Raises:
             ValueError: If output positions are given, ``length`` is more than ``seqlen``,
-                ``batch_size`` or ``length`` is traced, or ``like`` has another batch size.
+                ``batch_size`` or ``length`` is traced, ``like`` has another batch size, or a row of
+                a stream is known to run over ``seqlen``.
+            StreamError: If ``decode`` is true and there is no state.
         """
         if output_positions is not None:
             raise _errors.no_subset(type(self).__name__)
         shape = (self.seqlen, self.dimension)
         vectors = self.param("positional_encoding", self.kernel_init, shape, self.param_dtype)
+        if decode:
+            positions = locate_block(self, batch_size, length, lengths, self.seqlen)
+            if positions is not None:
+                return take_rows(vectors.astype(self.dtype or vectors.dtype), positions, axis=0)
         vectors = take_first_rows(type(self).__name__, vectors, length)
         vectors = vectors.astype(self.dtype or vectors.dtype)
         return _broadcast_to_batch(self, vectors, batch_size, like)
@@ -191,6 +204,8 @@ class FourierPositionEncoding(nn.Module):
         *,
         length: int | None = None,
         like: Shaped[Array, "batch ..."] | None = None,
+        lengths: Integer[Array, " batch"] | None = None,
+        decode: bool = False,
     ) -> Float[Array, "batch time features"]:
         """Gives the features of all positions, or of some, to each example of a batch.
 
@@ -202,18 +217,30 @@ class FourierPositionEncoding(nn.Module):
                 encoded. A grid with several axes is encoded as a whole.
             like: an array of the batch, ``[batch, ...]``. On a mesh with explicit axes, and inside
                 ``jax.shard_map``, the result is sharded along the batch as this array is.
+            decode: whether the positions go on from the last block of a stream; see
+                :func:`flax_extra.combinator.stream`. It needs ``length``.
+            lengths: how many steps of the block are valid in each row, ``[batch]``.
 
         Returns:
-            The same features for each example, ``[batch, time, features]``. If a traced position
-            is out of range, its features are NaN.
+            The same features for each example, ``[batch, time, features]``; in a stream, those at
+            the positions of each row. If a traced position is out of range, its features are NaN.
 
         Raises:
             ValueError: If output positions are not integers on one axis, or known to be out of
                 range; if ``length`` is more than the grid has positions, not all of them for a
                 grid with several axes, or given together with output positions; if ``batch_size``
-                or ``length`` is traced, or ``like`` has another batch size.
+                or ``length`` is traced, ``like`` has another batch size, or a row of a stream is
+                known to run over the grid.
+            StreamError: If ``decode`` is true and there is no state.
         """
         name, seqlen = type(self).__name__, math.prod(self.seqshape)
+        if decode:
+            if output_positions is not None:
+                raise _errors.positions_in_stream(name)
+            positions = self._locate_block(batch_size, length, lengths)
+            if positions is not None:
+                features = self._encode_rows(positions, self._compute_tables(endpoint=True))
+                return features.astype(self.dtype)
         if output_positions is None:
             is_grid = len(self.seqshape) > 1
             if is_grid and not is_traced(length) and length not in (None, seqlen):
@@ -224,12 +251,24 @@ class FourierPositionEncoding(nn.Module):
             if length is not None:
                 raise _errors.length_and_positions(name, length)
             indices = convert_to_indices(name, output_positions, seqlen)
-            axis_indices = _unravel_indices(indices, self.seqshape)
-            features = self._encode(
-                self._compute_tables(endpoint=not self.deepmind_subset),
-                lambda table, axis: take_rows(table, axis_indices[axis], axis=0),
-            )
+            tables = self._compute_tables(endpoint=not self.deepmind_subset)
+            features = self._encode_rows(indices, tables)
         return _broadcast_to_batch(self, features.astype(self.dtype), batch_size, like)
+
+    @nn.compact
+    def _locate_block(self, batch_size: int, length: int | None, lengths: Any) -> Array | None:
+        return locate_block(self, batch_size, length, lengths, math.prod(self.seqshape))
+
+    @nn.nowrap
+    def _encode_rows(
+        self,
+        indices: Int32[Array, "*time"],
+        tables: Sequence[Sequence[Float32[Array, "axis _"]]],
+    ) -> Float32[Array, "*time features"]:
+        axis_indices = _unravel_indices(indices, self.seqshape)
+        return self._encode(
+            tables, lambda table, axis: take_rows(table, axis_indices[axis], axis=0)
+        )
 
     @nn.nowrap
     def _compute_tables(self, endpoint: bool) -> list[Sequence[Float32[Array, "axis _"]]]:

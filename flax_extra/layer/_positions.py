@@ -8,9 +8,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax import Array
 from jaxtyping import Int32, Integer, Shaped
 
+from flax_extra import combinator as cb
 from flax_extra.layer import _errors
 
 OutputPositions: TypeAlias = (
@@ -44,7 +46,7 @@ def convert_to_indices(
 
 
 def take_rows(
-    table: Shaped[Array, "*axes"], indices: Int32[Array, " time"], axis: int
+    table: Shaped[Array, "*axes"], indices: Int32[Array, "*time"], axis: int
 ) -> Shaped[Array, "*axes"]:
     """Takes the rows at some indices along an axis; a row at an index out of range is NaN."""
     return jnp.take(table, indices, axis=axis, mode="fill")
@@ -67,6 +69,29 @@ def take_first_rows(
     if length > seqlen:
         raise _errors.too_long(layer, length, seqlen)
     return table if length == seqlen else jax.lax.slice_in_dim(table, 0, length)
+
+
+def locate_block(
+    layer: nn.Module, batch_size: int, length: int | None, lengths: Any, seqlen: int
+) -> Int32[Array, "batch time"] | None:
+    """Returns the positions of a block of a stream; None while initializing.
+
+    Raises:
+        ValueError: If a row is known to run over ``seqlen``, or the length of the block is missing.
+    """
+    name = type(layer).__name__
+    if length is None:
+        raise _errors.no_block_length(name)
+    block: Any = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)  # type: ignore[no-untyped-call]
+    cache = cb.Cache(layer, block, decode=True, lengths=lengths)
+    positions = cache.positions
+    if not cache.is_streaming:
+        return None
+    if not is_traced(positions):
+        beyond = np.asarray(positions)[np.asarray(cache.is_valid & (positions >= seqlen))]
+        if beyond.size:
+            raise _errors.stream_too_long(name, int(beyond[0]), seqlen)
+    return positions
 
 
 def is_traced(x: object) -> bool:

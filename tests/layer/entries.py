@@ -59,6 +59,9 @@ class Entry:
     field_shapes: Mapping[str, Any] | None = None
 
 
+SETTINGS = {"LinearScaling", "Llama3Scaling"}
+"""Public values that configure a layer, and are none: ``tests/layer/test_rotary.py`` has them."""
+
 HEADS = {"heads": 2}
 PAIRED = st.sampled_from([2, 4])
 """Features that two heads can share."""
@@ -93,6 +96,10 @@ FEED_FORWARD_NAMES = {
 }
 
 
+CONV_NAMES = {
+    "kernel_init": ("kernel", "features", "features_out"),
+    "bias_init": ("features_out",),
+}
 GATED_NAMES = {
     "kernel_init": ("features", "hidden"),
     "recurrent_kernel_init": ("hidden", "next_hidden"),
@@ -251,6 +258,36 @@ LAYER_ENTRIES = [
         param_shapes={"gate": _dense(4, 6), "up": _dense(4, 6), "out": _dense(6, 4)},
         repeatable=True,
         initializers=FEED_FORWARD_NAMES,
+    ),
+    Entry(
+        name="CausalConv",
+        make=lambda fields: xn.CausalConv(4, kernel_size=2, dilation=2, **fields),
+        inputs=lambda: (sequence(2, 5, 3),),
+        output_shapes=(2, 5, 4),
+        param_shapes=_dense(2, 3, 4) | {"bias": (4,)},
+        initializers=CONV_NAMES,
+        shapes={
+            "annotations": {
+                "inputs": Float[Array, "batch time features_in"],
+                "return": Float[Array, "batch time 4"],
+            }
+        },
+    ),
+    Entry(
+        name="CausalConv: depthwise, strides",
+        make=lambda fields: xn.CausalConv(groups=None, strides=2, **fields),
+        inputs=lambda: (sequence(2, 5, 3),),
+        output_shapes=(2, 3, 3),
+        param_shapes={"kernel": (3, 1, 3), "bias": (3,)},
+        initializers=CONV_NAMES,
+    ),
+    Entry(
+        name="RotaryEncoding",
+        make=lambda fields: xn.RotaryEncoding().rotate,
+        inputs=lambda: (sequence(2, 5, 2, 4), np.arange(5)[None]),
+        output_shapes=(2, 5, 2, 4),
+        param_shapes={},
+        shapes={"sizes": {"features": PAIRED}},
     ),
     Entry(
         name="LSTMCell",

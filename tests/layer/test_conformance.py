@@ -17,7 +17,7 @@ from hypothesis import settings
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
 from flax_extra import testing
-from tests.layer.entries import LAYER_ENTRIES, Entry, sequence
+from tests.layer.entries import LAYER_ENTRIES, SETTINGS, Entry, sequence
 from tests.layer.multimodal_entries import MULTIMODAL_ENTRIES
 
 ENTRIES = [*LAYER_ENTRIES, *MULTIMODAL_ENTRIES]
@@ -32,7 +32,7 @@ HALF = pytest.mark.parametrize(
 
 
 def test_no_public_name_is_missing_from_the_list() -> None:
-    public = {name for name in xn.__all__ if callable(getattr(xn, name))}
+    public = {name for name in xn.__all__ if callable(getattr(xn, name))} - SETTINGS
     public |= {f"io.{name}" for name in xn.io.__all__ if inspect.isfunction(getattr(xn.io, name))}
     assert public == {entry.name.partition(":")[0] for entry in ENTRIES}
 
@@ -75,7 +75,8 @@ def test_shapes_are_as_annotated(entry: Entry) -> None:
 
 def test_every_public_layer_is_held_against_its_annotations() -> None:
     checked = {entry.name for entry in ENTRIES if entry.shapes is not None}
-    layers = {name: getattr(xn, name) for name in xn.__all__ if callable(getattr(xn, name))}
+    names = [name for name in xn.__all__ if name not in SETTINGS]
+    layers = {name: getattr(xn, name) for name in names if callable(getattr(xn, name))}
     assert {id(layers[name]) for name in checked} == set(map(id, layers.values()))
 
 

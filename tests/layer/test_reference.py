@@ -136,7 +136,17 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "cross_attention_mask": {"mask_q": REQUIRED, "mask_kv": REQUIRED},
 }
 
-BEYOND = {"GRU", "Learned", "LinearRecurrence", "Recurrent", "interpolate_positions"}
+BEYOND = {
+    "CausalConv",
+    "GRU",
+    "Learned",
+    "LinearRecurrence",
+    "LinearScaling",
+    "Llama3Scaling",
+    "Recurrent",
+    "RotaryEncoding",
+    "interpolate_positions",
+}
 """Public names that the reference does not have."""
 
 ADDED: dict[str, dict[str, Any]] = {"attend": {"chunk_size": None}}

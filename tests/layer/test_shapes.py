@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
+from tests.layer.entries import SETTINGS
 
 NAMESPACE = {"xn": xn, "io": xn.io, "nn": nn, "jnp": jnp, "partial": partial}
 STATED = re.compile(r"\n\s*Shapes:\n\s+``(?P<layer>.+?)``:\s+``(?P<shapes>.+?)``\n", re.DOTALL)
@@ -20,7 +21,11 @@ PUBLIC: dict[str, Any] = {
     **{name: getattr(xn, name) for name in xn.__all__ if callable(getattr(xn, name))},
     **{f"io.{name}": member for name, member in vars(xn.io).items() if name in xn.io.__all__},
 }
-LAYERS = {name: member for name, member in PUBLIC.items() if inspect.getdoc(member)}
+LAYERS = {
+    name: member
+    for name, member in PUBLIC.items()
+    if inspect.getdoc(member) and name not in SETTINGS
+}
 
 
 @pytest.mark.parametrize("name", LAYERS)
