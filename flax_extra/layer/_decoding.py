@@ -7,7 +7,6 @@ to Improve Language Models" (2017).
 
 from __future__ import annotations
 
-
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype

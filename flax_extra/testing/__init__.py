@@ -32,6 +32,7 @@ from flax_extra.testing._strategies import (
     with_n_in,
     with_one_output,
 )
+from flax_extra.testing._streaming import check_streaming
 
 del _hypothesis
 
@@ -49,6 +50,7 @@ __all__ = [
     # checks of a layer
     "check_signature",
     "check_shapes",
+    "check_streaming",
     # laws and comparisons
     "check_laws",
     "Law",

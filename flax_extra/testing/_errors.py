@@ -191,6 +191,38 @@ def different_constants(f: str, g: str, index: int, a: str, b: str) -> Assertion
     )
 
 
+def parted(f: str, found: str, plan: str) -> AssertionError:
+    indented = plan.replace("\n", "\n  ")
+    return AssertionError(
+        f"{f} does not give block by block what it gives for the whole.\n"
+        f"  {found}\n"
+        f"  The plan: {indented}"
+    )
+
+
+def first_step(path: str, block: int, difference: str) -> str:
+    return f"The first step that parts is {path}, at block {block}: {difference}."
+
+
+def outputs_part(block: int, difference: str) -> str:
+    return f"Its outputs part at block {block}: {difference}."
+
+
+def values_part(row: int, step: int, whole: float, block: float) -> str:
+    return f"row {row}, step {step}, is {whole:.6g} in the whole and {block:.6g} in the block"
+
+
+def shapes_part(whole: str, block: str) -> str:
+    return f"the block of the whole has shape {whole}, and the block {block}"
+
+
+def gradient_parts(name: str, difference: float, largest: float) -> str:
+    return (
+        f"Its outputs agree, and the gradient with respect to {name} differs by {difference:.3g}, "
+        f"where the largest is {largest:.3g}."
+    )
+
+
 def describe_sizes(sizes: Mapping[str, Any]) -> str:
     """Sizes by the names of their axes.
 

@@ -19,6 +19,7 @@ from jax import Array
 
 from flax_extra.combinator._cache.cache import COLLECTION, LOST, check_lengths, is_known
 from flax_extra.combinator._core import stream_errors
+from flax_extra.combinator._core.arrays import split_arrays
 from flax_extra.combinator._core.checks import as_integer, check_at_least
 from flax_extra.combinator._core.children import make_child
 from flax_extra.combinator._core.describe import describe_item, describe_stack
@@ -26,6 +27,7 @@ from flax_extra.combinator._core.expression import format_short
 from flax_extra.combinator._core.linen import unfreeze
 from flax_extra.combinator._core.stack import flatten
 from flax_extra.combinator._core.tracebacks import api_boundary
+from flax_extra.combinator._stream.axes import Axes, find_axes
 from flax_extra.combinator._stream.probe import Run, run_init, run_step
 from flax_extra.combinator._stream.rules import check_layers, list_without_lengths
 from flax_extra.combinator._stream.sizes import read_sizes
@@ -100,6 +102,17 @@ class Stream:
         inputs = ", ".join(repr(describe_item(item)) for item in self._call.items)
         capacity = "" if self.capacity is None else f", capacity={self.capacity}"
         return f"stream({format_short(self.pipeline)}, {inputs}{capacity})"
+
+    @property
+    def takes_lengths(self) -> bool:
+        """Whether rows may have lengths of their own: every layer that remembers takes them."""
+        return not self._without_lengths
+
+    @property
+    def can_reset(self) -> bool:
+        """Whether rows may start anew by themselves: every state has rows."""
+        layout = self._find_layout(self._tried)
+        return all(axis >= 0 for axis in jax.tree.leaves(layout.state_axes))
 
     # What people call
 
@@ -183,6 +196,7 @@ class Stream:
         lengths = self._check_lengths(lengths, rows, time)
         self._check_room(state.position, time, lengths)
         keywords = {**context, **self._stream_keywords(lengths)}
+        inputs = self._zero_padding(inputs, lengths)
         cache = state.cache
         if cache:
             outputs, changed = self._module.apply(
@@ -303,6 +317,32 @@ class Stream:
             keywords["lengths"] = lengths
         return keywords
 
+    def _zero_padding(self, inputs: Any, lengths: Array | None) -> Any:
+        """Puts zeros in the padding, which may be NaN: no gradient can then come from there."""
+        if lengths is None:
+            return inputs
+
+        def zero(axes: Axes, x: Any) -> Any:
+            if axes.batch is None or axes.time is None or not jnp.issubdtype(x.dtype, jnp.inexact):
+                return x
+            steps = jnp.arange(x.shape[axes.time], dtype=jnp.int32)
+            is_valid = steps[None] < lengths[:, None] * axes.rate
+            if axes.batch > axes.time:
+                is_valid = is_valid.T
+            others = [axis for axis in range(x.ndim) if axis not in (axes.batch, axes.time)]
+            return jnp.where(jnp.expand_dims(is_valid, others), x, jnp.zeros((), x.dtype))
+
+        remaining = iter(self._input_axes)
+
+        def zero_item(item: Any) -> Any:
+            if type(item) is tuple:  # several items
+                return tuple(map(zero_item, item))
+            axes = next(remaining)
+            arrays, merge = split_arrays(item)  # an item that a layer remembers may be None
+            return merge(map(zero, axes, arrays))
+
+        return zero_item(inputs)
+
     def _move_on(self, position: Array, time: Any, lengths: Array | None) -> tuple[Array, Array]:
         """Returns the next position of each row, and which rows cannot go on."""
         is_lost = position >= LOST
@@ -322,11 +362,16 @@ class Stream:
         time = self.capacity or 1
         others = self._choose_sizes(time)
         run = self._run(2, time, others)
+        calls = (self._shape_call(*size, others) for size in ((2, time), (3, time), (2, time + 1)))
+        self._input_axes = [
+            find_axes(*items) for items in zip(*(c.items for c in calls), strict=True)
+        ]
         other_time, other = self._run_other_length(time, others)
         check_layers(run, other)
         self._room = self._find_room(run, other, is_longer=other_time > time)
         self._without_lengths = list_without_lengths(run, time)
-        self._find_layout(tuple(sorted(others.items())))
+        self._tried = tuple(sorted(others.items()))
+        self._find_layout(self._tried)
         self._check_step(run, min(time, other_time), others)
 
     def _choose_sizes(self, time: int) -> dict[str, int]:
