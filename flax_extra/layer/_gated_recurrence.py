@@ -24,12 +24,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from flax_extra.layer._numerics import (
-    einsum_accumulated,
-    get_accumulation_dtype,
-    match_varying_axes,
-)
-from flax_extra.layer._sharding import broadcast_like
+from flax_extra.layer._numerics import einsum_accumulated, get_accumulation_dtype
+from flax_extra.layer._sharding import broadcast_like, match_varying_axes
 
 UNROLL = 2
 """How many steps one iteration of a loop takes. More make larger programs that are no faster."""

@@ -22,12 +22,9 @@ from jaxtyping import Float, Integer
 from flax_extra import combinator as cb
 from flax_extra.layer import _errors
 from flax_extra.layer._initializers import draw_in_float32
-from flax_extra.layer._numerics import (
-    einsum_accumulated,
-    match_varying_axes,
-)
+from flax_extra.layer._numerics import einsum_accumulated
 from flax_extra.layer._padding import zero_padding
-from flax_extra.layer._sharding import broadcast_like, shard_like
+from flax_extra.layer._sharding import broadcast_like, match_varying_axes, shard_like
 
 SHARPNESS = 8.0
 """The constant c of the paper, by which the recurrence gate can lengthen or shorten memory."""

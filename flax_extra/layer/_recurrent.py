@@ -13,9 +13,8 @@ from jaxtyping import Float, Integer, Shaped
 
 from flax_extra import combinator as cb
 from flax_extra.layer import _errors
-from flax_extra.layer._numerics import match_varying_axes
 from flax_extra.layer._padding import zero_padding
-from flax_extra.layer._sharding import shard_like
+from flax_extra.layer._sharding import match_varying_axes, shard_like
 
 
 class Recurrent(nn.Module):

@@ -1,4 +1,4 @@
-"""Lays out parameters on a mesh as the data that they join.
+"""Gives arrays that are computed together the same layout on a mesh.
 
 On an Auto mesh XLA decides where arrays lie. On an Explicit mesh the sharding is part of an array's
 type, and inside ``jax.shard_map`` so are the mesh axes that it varies over. There a parameter that
@@ -11,12 +11,15 @@ all-reduce. If it is sharded afterwards, its cotangent is first gathered on ever
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")
 
 
 def broadcast_like(array: Array, shape: tuple[int, ...], like: Array, n_axes: int) -> Array:
@@ -28,7 +31,9 @@ def broadcast_like(array: Array, shape: tuple[int, ...], like: Array, n_axes: in
     spec = PartitionSpec(*sharding.spec[:n_axes])  # type: ignore[no-untyped-call]
     is_sharded = any(axis is not None for axis in spec)
     out_sharding = NamedSharding(sharding.mesh, spec) if is_sharded else None
-    return _vary_like(jnp.broadcast_to(array, shape, out_sharding=out_sharding), like)
+    broadcast = jnp.broadcast_to(array, shape, out_sharding=out_sharding)
+    varying: Array = _vary_over(broadcast, get_varying_axes(like) - get_varying_axes(broadcast))
+    return varying
 
 
 def shard_like(array: Array, like: Array, n_axes: int) -> Array:
@@ -45,21 +50,47 @@ def shard_like(array: Array, like: Array, n_axes: int) -> Array:
     return sharded
 
 
-def _vary_like(array: Array, like: Array) -> Array:
-    axes = tuple(sorted(_get_varying_axes(like) - _get_varying_axes(array)))
-    if not axes:
-        return array
-    lax: Any = jax.lax
-    varying: Array
-    if hasattr(lax, "pcast"):
-        varying = lax.pcast(array, axes, to="varying")
-    else:  # before jax 0.8.2
-        varying = lax.pvary(array, axes)
-    return varying
+def match_varying_axes(tree: Tree) -> Tree:
+    """Makes all arrays of a pytree vary over the same mesh axes, inside ``jax.shard_map``.
+
+    Loops and custom derivatives that mix arrays ask for that: a carry must keep its type, and a
+    cotangent must have the type of its primal.
+    """
+    axes = frozenset[str]().union(*map(get_varying_axes, jax.tree.leaves(tree)))
+    matched: Tree = jax.tree.map(lambda x: _vary_over(x, axes - get_varying_axes(x)), tree)
+    return matched
 
 
-def _get_varying_axes(array: Array) -> frozenset[str]:
-    """The mesh axes over which an array varies inside ``jax.shard_map``; none elsewhere."""
+def get_varying_axes(array: Array) -> frozenset[str]:
+    """Returns the mesh axes over which an array varies inside ``jax.shard_map``; none elsewhere."""
     aval: Any = jax.typeof(array)
     axes: frozenset[str] = aval.mat.varying if hasattr(aval, "mat") else aval.vma  # before jax 0.10
     return axes
+
+
+def run_with_auto_axes(run: Callable[[Tree], Array], operands: Tree, *, like: Array) -> Array:
+    """Runs a function so that XLA chooses shardings in it, on an Explicit mesh, too.
+
+    There each operation would have to say how its result is sharded.
+
+    Args:
+        run: returns an array of three axes.
+        operands: what it takes.
+        like: the array whose first three axes are sharded as those of the result.
+    """
+    sharding: Any = jax.typeof(like).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return run(operands)
+    spec: Any = PartitionSpec(*sharding.spec[:3])  # type: ignore[no-untyped-call]
+    run_auto: Any = jax.sharding.auto_axes(run, out_sharding=spec)
+    result: Array = run_auto(operands)
+    return result
+
+
+def _vary_over(array: Any, axes: frozenset[str]) -> Any:
+    if not axes:
+        return array
+    names = tuple(sorted(axes))
+    if hasattr(lax, "pcast"):
+        return lax.pcast(array, names, to="varying")
+    return lax.pvary(array, names)  # type: ignore[attr-defined, unused-ignore]  # before jax 0.8.2
