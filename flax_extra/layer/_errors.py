@@ -35,19 +35,33 @@ def indivisible(layer: str, name: str, value: Any, n_heads: int) -> ValueError:
 
 def mismatched_heads(query: Sequence[Any], key: Sequence[Any], value: Sequence[Any]) -> ValueError:
     return ValueError(
-        f"attend takes a query [batch, time_q, heads, d_qk], a key [batch, time_kv, heads, d_qk] "
-        f"and a value [batch, time_kv, heads, d_v]; got shapes {_shape(query)}, {_shape(key)} and "
-        f"{_shape(value)}, which do not agree."
+        f"attend takes a query [batch, time_q, heads, d_qk], a key [batch, time_kv, kv_heads, "
+        f"d_qk] and a value [batch, time_kv, kv_heads, d_v]; got shapes {_shape(query)}, "
+        f"{_shape(key)} and {_shape(value)}, which do not agree."
     )
 
 
-def wrong_mask_shape(shape: Sequence[Any], logits: Sequence[Any]) -> ValueError:
+def indivisible_heads(heads: Any, kv_heads: Any) -> ValueError:
+    return ValueError(
+        f"attend shares each head of keys and values among as many heads of the query; the query "
+        f"has {heads} heads, which is no multiple of the {kv_heads} of the key."
+    )
+
+
+def wrong_logits_shape(name: str, shape: Sequence[Any], logits: Sequence[Any]) -> ValueError:
     batch, _, time_q, time_kv = logits
     return ValueError(
-        f"attend takes a mask that broadcasts to [batch, time_q, time_kv], here "
+        f"attend takes a {name} that broadcasts to [batch, time_q, time_kv], here "
         f"{_shape((batch, time_q, time_kv))}, or to [batch, heads, time_q, time_kv], here "
-        f"{_shape(logits)}; got shape {_shape(shape)}. Give a mask of three or four axes, each "
+        f"{_shape(logits)}; got shape {_shape(shape)}. Give a {name} of three or four axes, each "
         f"of that size or 1."
+    )
+
+
+def wrong_bias_dtype(dtype: Any) -> ValueError:
+    return ValueError(
+        f"attend takes a bias of floating point numbers, which is added to the logits; got "
+        f"{dtype}. If it says which keys a query sees, give it as mask."
     )
 
 
@@ -85,6 +99,46 @@ def two_widths(layer: str, widening_factor: int, d_hidden: int) -> ValueError:
         f"from both; got d_hidden {d_hidden} and widening_factor {widening_factor}. Give one of "
         f"them."
     )
+
+
+def window_without_causal(layer: str, window: int) -> ValueError:
+    return ValueError(
+        f"{layer} takes a window as the last positions that a query sees, its own included; got "
+        f"window={window} and causal=False. Give causal=True, too."
+    )
+
+
+def positions_without_causal() -> ValueError:
+    return ValueError(
+        "attend takes query_positions and key_positions to decide which keys come after a query; "
+        "got positions and causal=False. Give causal=True, or leave the positions out."
+    )
+
+
+def key_positions_alone() -> ValueError:
+    return ValueError(
+        "attend compares key_positions with query_positions; got key_positions alone. Give the "
+        "position of each query, too."
+    )
+
+
+def wrong_attend_positions(
+    name: str, dtype: Any, shape: Sequence[Any], expected: Sequence[Any]
+) -> ValueError:
+    return ValueError(
+        f"attend takes {name} as integers of shape {_shape(expected)} or "
+        f"{_shape((1, expected[1]))}; got {dtype}{_shape(shape)}."
+    )
+
+
+def not_a_number(layer: str, name: str, given: str) -> ValueError:
+    return ValueError(
+        f"{layer} takes {name} as a Python number, which is part of the program; got {given}."
+    )
+
+
+def not_positive(layer: str, name: str, value: Any) -> ValueError:
+    return ValueError(f"{layer} takes {name} above 0; got {value}.")
 
 
 # Recurrence.
@@ -164,10 +218,6 @@ def lengths_and_strides(layer: str, strides: int) -> cb.StreamError:
 
 
 # Positions.
-
-
-def not_positive(layer: str, name: str, value: Any) -> ValueError:
-    return ValueError(f"{layer} takes {name} above 0; got {value}.")
 
 
 def wrong_turns(layer: str, low: Any, high: Any) -> ValueError:

@@ -82,6 +82,15 @@ def _attend_by_mask(query: Any, key: Any, value: Any, mask: Any) -> Any:
     return xn.attend(query, key, value, mask)
 
 
+def _attend_in_groups(query: Any, key: Any, value: Any, bias: Any) -> Any:
+    return xn.attend(query, key, value, causal=True, window=2, bias=bias, logit_cap=3.0)
+
+
+def _attend_by_position(query: Any, key: Any, value: Any, queries: Any, keys: Any) -> Any:
+    positions = {"query_positions": queries, "key_positions": keys}
+    return xn.attend(query, key, value, causal=True, **positions, chunk_size=2)
+
+
 ATTENTION_NAMES = {
     "kernel_init": ("features", "heads", "head_features"),
     "bias_init": ("heads", "head_features"),
@@ -94,8 +103,6 @@ FEED_FORWARD_NAMES = {
     "out_kernel_init": ("hidden", "features"),
     "out_bias_init": ("features",),
 }
-
-
 CONV_NAMES = {
     "kernel_init": ("kernel", "features", "features_out"),
     "bias_init": ("features_out",),
@@ -143,7 +150,12 @@ LAYER_ENTRIES = [
         ),
         output_shapes=(2, 3, 10),
         param_shapes={},
-        shapes={"dtypes": MASKS},
+        shapes={
+            "sizes": {"heads": 4, "kv_heads": st.sampled_from([1, 2, 4])},
+            "dtypes": MASKS,
+            # Positions are for causal attention only: the entry of that name has them.
+            "annotations": {"query_positions": None, "key_positions": None},
+        },
     ),
     Entry(
         name="attend: mask",
@@ -155,6 +167,31 @@ LAYER_ENTRIES = [
             MASK,
         ),
         output_shapes=(2, 3, 10),
+        param_shapes={},
+    ),
+    Entry(
+        name="attend: window, bias, groups of heads",
+        make=lambda dtypes: _attend_in_groups,
+        inputs=lambda: (
+            sequence(2, 3, 4, 4),
+            sequence(2, 5, 2, 4, seed=1),
+            sequence(2, 5, 2, 3, seed=2),
+            sequence(1, 4, 3, 5, seed=3),
+        ),
+        output_shapes=(2, 3, 12),
+        param_shapes={},
+    ),
+    Entry(
+        name="attend: positions",
+        make=lambda dtypes: _attend_by_position,
+        inputs=lambda: (
+            sequence(2, 2, 2, 4),
+            sequence(2, 4, 1, 4, seed=1),
+            sequence(2, 4, 1, 4, seed=2),
+            np.array([[4, 5], [1, -1]], np.int32),
+            np.array([[4, 5, 2, 3], [0, 1, -1, -1]], np.int32),
+        ),
+        output_shapes=(2, 2, 8),
         param_shapes={},
     ),
     Entry(

@@ -1,8 +1,7 @@
-"""attend, its masks and its dropout, and the layers around it."""
+"""The layers around ``attend``."""
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from typing import Any
@@ -13,215 +12,10 @@ import numpy as np
 import pytest
 from flax import errors as flax_errors
 from flax import linen as nn
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.test_util import check_grads
 
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
-
-MASK_DTYPES = [np.bool_, np.int32, np.uint8, np.int8]
-
-
-def formula(query: Any, key: Any, value: Any, mask: Any = None) -> np.ndarray:
-    """What attend is to compute, in float64."""
-    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    logits = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    if mask is not None:
-        weights = weights * np.broadcast_to(with_heads(mask), weights.shape)
-    total = weights.sum(-1, keepdims=True)
-    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-    vectors = np.einsum("bhqk,bkhd->bqhd", weights, value)
-    return vectors.reshape(*vectors.shape[:2], -1)
-
-
-def with_heads(mask: Any) -> np.ndarray:
-    mask = np.asarray(mask) != 0
-    return mask[:, None] if mask.ndim == 3 else mask
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-sizes = st.sampled_from([1, 3])
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    batch, time_q, time_kv, heads, d_qk, d_v, seed = draw(st.tuples(*[sizes] * 6, st.integers(0)))
-    rng = np.random.default_rng(seed)
-    query, key, value = (
-        rng.normal(size=shape).astype(np.float32)
-        for shape in (
-            (batch, time_q, heads, d_qk),
-            (batch, time_kv, heads, d_qk),
-            (batch, time_kv, heads, d_v),
-        )
-    )
-    full = draw(st.sampled_from([None, (batch, time_q, time_kv), (batch, heads, time_q, time_kv)]))
-    if full is None:
-        return query, key, value, None
-    shape = [draw(st.sampled_from([1, size])) for size in full]
-    mask = rng.random(shape) < draw(st.sampled_from([0.2, 0.7]))
-    return query, key, value, mask.astype(draw(st.sampled_from(MASK_DTYPES)))
-
-
-@settings(max_examples=25, deadline=None)
-@given(problems())
-def test_attend_is_the_formula(problem: Any) -> None:
-    np.testing.assert_allclose(xn.attend(*problem), formula(*problem), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("mask_dtype", MASK_DTYPES)
-@pytest.mark.parametrize(
-    "mask_shape",
-    [
-        (3, 5, 7),
-        (3, 1, 7),
-        (1, 5, 7),
-        (1, 1, 7),
-        (3, 5, 1),
-        (3, 2, 5, 7),
-        (3, 1, 5, 7),
-        (1, 2, 1, 7),
-    ],
-)
-def test_masks_of_every_shape_and_dtype(mask_shape: tuple[int, ...], mask_dtype: Any) -> None:
-    query, key, value = normal(3, 5, 2, 4), normal(3, 7, 2, 4, seed=1), normal(3, 7, 2, 6, seed=2)
-    mask = 2 * (normal(*mask_shape, seed=3) > 0).astype(np.int32).astype(mask_dtype)
-    found = xn.attend(query, key, value, mask.astype(mask_dtype))
-    np.testing.assert_allclose(found, formula(query, key, value, mask), rtol=1e-6, atol=1e-6)
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.integers(0), st.sampled_from([(2, 3, 4), (2, 1, 4), (1, 3, 4), (2, 2, 3, 4)]))
-def test_masks_agree(seed: int, shape: tuple[int, ...]) -> None:
-    query, key, value = normal(2, 3, 2, 4), normal(2, 4, 2, 4, seed=1), normal(2, 4, 2, 5, seed=2)
-    mask = np.random.default_rng(seed).random(shape) < 0.5
-    expected = xn.attend(query, key, value, mask)
-    full = np.broadcast_to(with_heads(mask), (2, 2, 3, 4))
-    for same in (mask.astype(np.int32), -3 * mask.astype(np.int8), full, full.astype(np.uint8)):
-        np.testing.assert_array_equal(xn.attend(query, key, value, same), expected)
-    np.testing.assert_array_equal(
-        xn.attend(query, key, value, np.ones(shape, bool)), xn.attend(query, key, value)
-    )
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0))
-def test_what_is_masked_is_exactly_zero(seed: int) -> None:
-    inputs = normal(2, 3, 2, 4), normal(2, 4, 2, 4, seed=1), normal(2, 4, 2, 5, seed=2)
-    mask = np.random.default_rng(seed).random((2, 3, 4)) < 0.3
-    vectors, gradients = jax.jit(_attend_and_gradients)(inputs, mask)
-    blind, unseen = ~mask.any(2), ~mask.any(1)
-    assert not np.any(np.asarray(vectors)[blind])
-    query, key, value = map(np.asarray, gradients)
-    assert not np.any(query[blind])
-    assert not np.any(key[unseen])
-    assert not np.any(value[unseen])
-    assert all(np.isfinite(gradient).all() for gradient in gradients)
-
-
-def _attend_and_gradients(inputs: Any, mask: Any) -> Any:
-    vectors, pullback = jax.vjp(lambda *inputs: xn.attend(*inputs, mask), *inputs)
-    return vectors, pullback(jnp.ones_like(vectors))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-def test_extreme_logits_do_not_overflow(dtype: Any) -> None:
-    # The products are beyond float16, and the greatest logit is masked.
-    query = jnp.full((1, 1, 1, 4), 200, dtype)
-    key = jnp.stack([jnp.full((1, 1, 4), -250, dtype), jnp.full((1, 1, 4), 250, dtype)], 1)
-    value = jnp.array([1.0, 2.0], dtype).reshape(1, 2, 1, 1)
-    (vectors, gradients) = _attend_and_gradients((query, key, value), jnp.array([[[True, False]]]))
-    assert vectors.dtype == dtype
-    assert vectors.item() == 1
-    assert all(np.isfinite(np.asarray(gradient, np.float32)).all() for gradient in gradients)
-
-
-def test_softmax_is_computed_in_float32() -> None:
-    # 4,096 equal weights: each is exact in float16, their running sum in float16 would not be.
-    query, key = jnp.zeros((1, 1, 1, 1), jnp.bfloat16), jnp.zeros((1, 4096, 1, 1), jnp.bfloat16)
-    value = jnp.ones((1, 4096, 1, 1), jnp.bfloat16)
-    jaxpr = str(jax.make_jaxpr(xn.attend)(query, key, value))
-    assert "exp" in jaxpr
-    assert ":bf16[1,1,1,4096] = exp" not in jaxpr
-    assert xn.attend(query, key, value).item() == 1
-
-
-def test_derivatives_of_masked_attention() -> None:
-    with jax.enable_x64(True):
-        inputs = normal(1, 2, 1, 2), normal(1, 3, 1, 2, seed=1), normal(1, 3, 1, 2, seed=2)
-        inputs = tuple(x.astype(np.float64) for x in inputs)
-        mask = np.array([[[1, 0, 1], [0, 0, 0]]])
-        check_grads(lambda *inputs: xn.attend(*inputs, mask), inputs, order=2)
-
-
-def test_a_padding_mask_stays_small() -> None:
-    inputs = normal(2, 8, 2, 4), normal(2, 16, 2, 4), normal(2, 16, 2, 4)
-    mask = np.ones((2, 1, 16), bool)
-    _, pullback = jax.vjp(lambda *inputs: xn.attend(*inputs, mask), *inputs)
-    kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size == 2 * 2 * 8 * 16]
-    assert {leaf.dtype for leaf in kept} == {jnp.dtype(jnp.float32)}  # the weights alone
-
-
-def test_shapes_with_symbolic_dimensions() -> None:
-    b, t, s = jax.export.symbolic_shape("b, t, s")
-    query, key, value = (
-        jax.ShapeDtypeStruct(shape, jnp.float32)
-        for shape in ((b, t, 2, 4), (b, s, 2, 4), (b, s, 2, 5))
-    )
-    dropping = functools.partial(xn.attend, dropout_rngkey=jax.random.key(0), dropout_rate=0.5)
-    for shape in [(b, t, s), (b, 1, s), (1, t, s), (b, 2, t, s), (b, 1, 1, s)]:
-        mask = jax.ShapeDtypeStruct(shape, jnp.int32)
-        for f in (xn.attend, dropping):
-            assert jax.eval_shape(f, query, key, value, mask).shape == (b, t, 10)
-
-
-# Dropout.
-
-
-def _weights(rate: float, seed: int = 0, shape: tuple[int, ...] = (8, 16, 4, 64)) -> np.ndarray:
-    """The attention weights after dropout, [batch, time_q, heads, time_kv]."""
-    batch, time_q, heads, time_kv = shape
-    query, key = jnp.zeros((batch, time_q, heads, 1)), jnp.zeros((batch, time_kv, heads, 1))
-    value = jnp.broadcast_to(jnp.eye(time_kv)[None, :, None], (batch, time_kv, heads, time_kv))
-    vectors = xn.attend(query, key, value, None, jax.random.key(seed), rate)
-    return np.asarray(vectors).reshape(shape)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_dropout_meets_its_rate(rate: float) -> None:
-    weights = _weights(rate)
-    deviation = np.sqrt(rate * (1 - rate) / weights.size)
-    assert abs(np.mean(weights == 0) - rate) < 5 * deviation
-    kept = weights[weights != 0]
-    np.testing.assert_allclose(kept, 1 / 64 / (1 - rate), rtol=1e-6)
-
-
-def test_each_weight_is_dropped_by_itself() -> None:
-    dropped = _weights(0.5) == 0
-    for axis in range(4):
-        assert np.any(dropped.any(axis) != dropped.all(axis))
-    heads = dropped.transpose(2, 0, 1, 3).reshape(4, -1)
-    assert np.all(np.abs(np.corrcoef(heads) - np.eye(4)) < 0.08)
-
-
-def test_dropout_follows_its_key() -> None:
-    np.testing.assert_array_equal(_weights(0.5, seed=1), _weights(0.5, seed=1))
-    assert np.any(_weights(0.5, seed=1) != _weights(0.5, seed=2))
-
-
-def test_dropout_is_left_out() -> None:
-    inputs = normal(2, 3, 2, 4), normal(2, 4, 2, 4), normal(2, 4, 2, 4)
-    expected = xn.attend(*inputs)
-    for options in ({"deterministic": True, "dropout_rate": 0.5}, {"dropout_rate": 0.0}):
-        np.testing.assert_array_equal(xn.attend(*inputs, **options), expected)
-
-
-# The layers.
+from tests.layer.attend_reference import formula, normal
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -458,58 +252,10 @@ def test_cross_attention_mask() -> None:
 
 # What goes wrong.
 
-QUERY, KEY, VALUE = (
-    np.zeros(shape, np.float32) for shape in ((2, 3, 2, 4), (2, 5, 2, 4), (2, 5, 2, 6))
-)
-
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: xn.attend(QUERY, KEY[:, :, :1], VALUE),
-            (
-                "attend takes a query [batch, time_q, heads, d_qk], a key [batch, time_kv, heads, "
-                "d_qk] and a value [batch, time_kv, heads, d_v]; got shapes [2, 3, 2, 4], "
-                "[2, 5, 1, 4] and [2, 5, 2, 6], which do not agree."
-            ),
-        ),
-        (
-            lambda: xn.attend(QUERY, KEY, VALUE[:, :4]),
-            "[2, 3, 2, 4], [2, 5, 2, 4] and [2, 4, 2, 6]",
-        ),
-        (lambda: xn.attend(QUERY[0], KEY[0], VALUE[0]), "[3, 2, 4], [5, 2, 4] and [5, 2, 6]"),
-        (
-            lambda: xn.attend(QUERY, KEY, VALUE, np.ones((2, 5), bool)),
-            (
-                "attend takes a mask that broadcasts to [batch, time_q, time_kv], here [2, 3, 5], "
-                "or to [batch, heads, time_q, time_kv], here [2, 2, 3, 5]; got shape [2, 5]. Give "
-                "a mask of three or four axes, each of that size or 1."
-            ),
-        ),
-        (lambda: xn.attend(QUERY, KEY, VALUE, np.ones((2, 5, 3), bool)), "got shape [2, 5, 3]."),
-        (
-            lambda: xn.attend(QUERY, KEY, VALUE, np.ones((2, 3, 3, 5), bool)),
-            "got shape [2, 3, 3, 5].",
-        ),
-        (
-            lambda: xn.attend(QUERY, KEY, VALUE, np.ones((2, 3, 5), np.float32)),
-            (
-                "attend takes a mask of booleans or integers, non-zero where a query attends to a "
-                "key; got float32. Compare it first, as in mask > 0."
-            ),
-        ),
-        (
-            lambda: xn.attend(QUERY, KEY, VALUE, dropout_rate=0.5),
-            (
-                "attend needs a dropout_rngkey for dropout at rate 0.5; got None. Give a key, or "
-                "say deterministic=True."
-            ),
-        ),
-        (
-            lambda: xn.attend(QUERY, KEY, VALUE, dropout_rate=1.0),
-            "attend takes a dropout_rate of at least 0 and below 1; got 1.0.",
-        ),
         (
             lambda: xn.Attention(dropout_rate=-0.5),
             "Attention takes a dropout_rate of at least 0 and below 1; got -0.5.",
@@ -535,13 +281,7 @@ QUERY, KEY, VALUE = (
                 "which has 2 axes."
             ),
         ),
-        (
-            lambda: xn.cross_attention_mask(np.ones((2, 3)), np.ones((1, 4))),
-            (
-                "cross_attention_mask takes padding masks [batch, time_q] and [batch, time_kv]; "
-                "got shapes [2, 3] and [1, 4]."
-            ),
-        ),
+        (lambda: xn.Attention(chunk_size=0), "Attention takes chunk_size of at least 1; got 0."),
     ],
 )
 def test_errors(call: Any, message: str) -> None:

@@ -16,18 +16,7 @@ from flax_extra import layer as xn
 from tests.layer.entries import LAYER_ENTRIES, Entry
 from tests.layer.multimodal_entries import MULTIMODAL_ENTRIES
 
-PENDING = {
-    "attend",
-    "attend: mask",
-    "Attention",
-    "Attention: dropout",
-    "QKVAttention",
-    "KVQAttention",
-    "SelfAttention",
-}
-"""Entries that still promote implicitly, in ``attend``."""
-
-ENTRIES = [entry for entry in (*LAYER_ENTRIES, *MULTIMODAL_ENTRIES) if entry.name not in PENDING]
+ENTRIES = (*LAYER_ENTRIES, *MULTIMODAL_ENTRIES)
 
 every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 HALF = pytest.mark.parametrize(

@@ -149,7 +149,18 @@ BEYOND = {
 }
 """Public names that the reference does not have."""
 
-ADDED: dict[str, dict[str, Any]] = {"attend": {"chunk_size": None}}
+ADDED: dict[str, dict[str, Any]] = {
+    "attend": {
+        "chunk_size": None,
+        "causal": False,
+        "window": None,
+        "bias": None,
+        "logit_cap": None,
+        "scale": None,
+        "query_positions": None,
+        "key_positions": None,
+    }
+}
 """What functions take beyond the reference, after all that it names."""
 
 BASES: dict[str, type] = {"LSTMCell": nn.LSTMCell, "SelfAttention": xn.Attention}
