@@ -19,6 +19,7 @@ every word below says where items go.
 """
 
 from flax_extra.combinator._cache.cache import Cache
+from flax_extra.combinator._cache.entry import CacheEntry
 from flax_extra.combinator._core.combinator import Combinator
 from flax_extra.combinator._core.context import ContextKeyword, context
 from flax_extra.combinator._core.errors import ShapeError, SharingError, SignatureError, StreamError
@@ -113,6 +114,7 @@ __all__ = [
     "stream",
     "hold",
     "Cache",
+    "CacheEntry",
     # shapes, before there are arrays
     "shape_signature",
     "typed",

@@ -29,6 +29,7 @@ from flax_extra.layer._multimodal import (
     MultimodalEncoding,
     MultimodalPositionalEncoding,
 )
+from flax_extra.layer._position_bias import LinearPositionBias, RelativePositionBias
 from flax_extra.layer._positional import (
     FourierPositionEncoding,
     TrainablePositionalEncoding,
@@ -60,6 +61,8 @@ __all__ = [
     "RotaryEncoding",
     "LinearScaling",
     "Llama3Scaling",
+    "RelativePositionBias",
+    "LinearPositionBias",
     "TrainablePositionalEncoding",
     "FourierPositionEncoding",
     "interpolate_positions",

@@ -21,6 +21,7 @@ from flax.typing import PrecisionLike
 from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
+from flax_extra import combinator as cb
 from flax_extra.layer import _chunked, _errors, _fused, _logits
 from flax_extra.layer._causal import HIDDEN_POSITION, CausalRule
 from flax_extra.layer._logits import Inputs, Settings, put_heads_first
@@ -211,7 +212,10 @@ def attend(
         dropout_rate=float(dropout_rate),
         precision=precision,
     )
-    chunk_size = _choose_chunk_size(_infer_logits_shape(*inputs[:3]), chunk_size, settings)
+    shape = _infer_logits_shape(*inputs[:3])
+    if chunk_size is None and isinstance(inputs.key, cb.CacheEntry):
+        chunk_size = _chunked.KEYS_PER_CHUNK_OF_STATE
+    chunk_size = _choose_chunk_size(shape, chunk_size, settings)
     run = functools.partial(_attend, settings=settings, chunk_size=chunk_size)
     return run_with_auto_axes(run, inputs, like=query)
 
@@ -267,7 +271,7 @@ def _choose_chunk_size(
 def _attend(inputs: Inputs, settings: Settings, chunk_size: int | None) -> Array:
     """Attends in the form that is chosen: ``[batch, time_q, heads * d_v]``."""
     if chunk_size is None:
-        vectors = _attend_at_once(inputs, settings)
+        vectors = _attend_at_once(inputs.read_all(), settings)
     else:
         has_cudnn = _fused.is_for_cudnn(inputs, settings)
         settings = dataclasses.replace(settings, has_cudnn=has_cudnn)
@@ -360,8 +364,7 @@ def _broadcast_mask(mask: Array | None, logits_shape: tuple[int, int, int, int])
     if mask is None:
         return None
     mask = jnp.asarray(mask)
-    if not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)):
-        raise _errors.wrong_mask_dtype(mask.dtype)
+    check_mask_dtype(mask.dtype)
     return _add_heads("mask", mask, logits_shape).astype(bool)
 
 
@@ -445,6 +448,11 @@ def _is_number(x: Any) -> bool:
 
 def _describe(x: Any) -> str:
     return "an array" if isinstance(x, jax.Array) else type(x).__name__
+
+
+def check_mask_dtype(dtype: Any) -> None:
+    if not (dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)):
+        raise _errors.wrong_mask_dtype(dtype)
 
 
 def check_rate(layer: str, rate: float) -> None:

@@ -11,7 +11,7 @@ pass, Dao et al., "FlashAttention" (2022), algorithm 4.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from flax_extra import combinator as cb
 from flax_extra.layer import _fused, _logits
 from flax_extra.layer._causal import run_chunks
 from flax_extra.layer._equations import Equations
@@ -36,6 +37,12 @@ MAX_LOGITS_PER_TILE = 2**20
 
 MIN_KEYS_PER_CHUNK = 256
 """Number of keys of a chunk at least, if it is chosen; with fewer, products would be too small."""
+
+KEYS_PER_CHUNK_OF_STATE = 256
+"""Number of keys of a chunk that is read from the state of a stream.
+
+Chunks that no row has reached are not read.
+"""
 
 MAX_KEYS_PER_CAUSAL_CHUNK = 512
 """Number of keys of a chunk at most, if it is chosen and its queries do not see all of it.
@@ -89,7 +96,7 @@ def attend_in_chunks(inputs: Inputs, settings: Settings, chunk_size: int) -> tup
 def _attend_in_chunks_jvp(
     settings: Settings, chunk_size: int, primals: tuple[Inputs], tangents: tuple[Inputs]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    inputs = primals[0]
+    inputs = primals[0].read_all()
     vectors, logsumexp = map(name_result, attend_in_chunks(inputs, settings, chunk_size))
     operands = {**inputs.get_present(), "vectors": vectors, "logsumexp": logsumexp}
     names = tuple(operands)
@@ -102,11 +109,26 @@ def _attend_in_chunks_jvp(
     )
     active = {
         names.index(name): tangent
-        for name, tangent in tangents[0].get_present().items()
+        for name, tangent in _read_tangents(primals[0], tangents[0]).get_present().items()
         if name in DIFFERENTIABLE and not isinstance(tangent, SymbolicZero)
     }
     vectors_dot, logsumexp_dot = sum_tangents(spec, tuple(operands.values()), active)
     return (vectors, logsumexp), (vectors_dot, logsumexp_dot)
+
+
+def _read_tangents(inputs: Inputs, tangents: Inputs) -> Inputs:
+    """Reads the tangents of keys and values that lie in a stream's state."""
+
+    def read(x: Any, tangent: Any) -> Any:
+        if not isinstance(x, cb.CacheEntry):
+            return tangent
+        if isinstance(tangent.stacked, SymbolicZero):
+            return SymbolicZero(jax.typeof(x.unbox()).to_tangent_aval())
+        return cb.CacheEntry(tangent.stacked, x.indices).unbox()
+
+    return tangents._replace(
+        key=read(inputs.key, tangents.key), value=read(inputs.value, tangents.value)
+    )
 
 
 def _tile_logits(inputs: Inputs, settings: Settings, chunk_size: int) -> tuple[Grid, Grid]:
@@ -122,6 +144,9 @@ def _tile_logits(inputs: Inputs, settings: Settings, chunk_size: int) -> tuple[G
     queries = AxisTiling.at_most(time_q, MAX_QUERIES_PER_TILE, groups)
     one_by_one = AxisTiling(batch, size=1, groups=count_groups(inputs.query, axis=0))
     whole = AxisTiling(batch, size=batch)
+    n_logits = batch * inputs.query.shape[2] * queries.size * keys.size
+    if isinstance(inputs.key, cb.CacheEntry) and n_logits <= MAX_LOGITS_PER_TILE:
+        one_by_one = whole  # a step of a few queries: one tile for all rows
     return Grid(one_by_one, queries, keys), Grid(whole, queries, keys)
 
 

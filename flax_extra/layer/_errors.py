@@ -90,6 +90,59 @@ def no_dropout_key(rate: float) -> ValueError:
     )
 
 
+def looks_ahead(layer: str) -> cb.StreamError:
+    return cb.StreamError(
+        f"{layer} with causal=False cannot run piece by piece: its positions attend to later ones. "
+        f"Say causal=True, or call it without decode."
+    )
+
+
+def no_keys(layer: str) -> ValueError:
+    return ValueError(
+        f"{layer} with causal=True takes inputs_kv in every block; got None. Without causal it "
+        f"remembers them from the first block."
+    )
+
+
+def unequal_blocks(layer: str, time_q: Any, time_kv: Any) -> ValueError:
+    return ValueError(
+        f"{layer} with causal=True takes as many steps of inputs_q as of inputs_kv in a stream, or "
+        f"with lengths; got {time_q} and {time_kv}. Attend to a sequence that stays with "
+        f"causal=False."
+    )
+
+
+def wrong_block_mask(layer: str, shape: Sequence[Any], block: Sequence[Any]) -> cb.StreamError:
+    return cb.StreamError(
+        f"In a stream, {layer} takes a mask that says which steps of the block are keys, of shape "
+        f"{_shape((block[0], 1, block[1]))}; got shape {_shape(shape)}. The fields causal and "
+        f"window hide steps by their positions."
+    )
+
+
+def new_mask(layer: str) -> cb.StreamError:
+    return cb.StreamError(
+        f"{layer} got a mask, and the stream was made with the mask None, so that it does not "
+        f"remember which steps are keys. Give the stream a spec of the mask, such as "
+        f"'bool[b, 1, t]'."
+    )
+
+
+def not_rotary(layer: str, given: str) -> TypeError:
+    return TypeError(
+        f"{layer} takes a RotaryEncoding as rotary, such as xn.RotaryEncoding(base=10000.0); got "
+        f"{given}."
+    )
+
+
+def dropout_is_off(layer: str, rate: float) -> str:
+    return (
+        f"{layer} leaves out its dropout of rate {rate}, although there is an rng for it: "
+        f"deterministic is True unless a call says otherwise. Call the model with "
+        f"deterministic=False in training, and with deterministic=True in evaluation."
+    )
+
+
 # Feed-forward.
 
 

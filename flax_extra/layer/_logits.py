@@ -17,6 +17,7 @@ from flax.typing import PrecisionLike
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from flax_extra import combinator as cb
 from flax_extra.layer._causal import CausalRule, Schedule, schedule_chunks
 from flax_extra.layer._numerics import einsum_accumulated, get_accumulation_dtype
 from flax_extra.layer._tiles import Axes, Grid, TileIndex
@@ -25,12 +26,13 @@ from flax_extra.layer._tiles import Axes, Grid, TileIndex
 class Inputs(NamedTuple):
     """What attention is computed from, with time before heads: ``[batch, time, heads, d]``.
 
-    Mask and bias have the four axes of the logits, each of full size or 1.
+    Mask and bias have the four axes of the logits, each of full size or 1. A stream gives its keys
+    and values where they lie, so that parts of them can be read.
     """
 
     query: Array
-    key: Array
-    value: Array
+    key: Any
+    value: Any
     bias: Array | None = None
     mask: Array | None = None
     query_positions: Array | None = None
@@ -40,6 +42,13 @@ class Inputs(NamedTuple):
     def get_present(self) -> dict[str, Array]:
         """Returns the inputs that are given, by name."""
         return {name: x for name, x in self._asdict().items() if x is not None}
+
+    def read_all(self) -> Inputs:
+        """Reads keys and values that lie in a stream's state, as a whole."""
+        key, value = (
+            x.unbox() if isinstance(x, cb.CacheEntry) else x for x in (self.key, self.value)
+        )
+        return self._replace(key=key, value=value)
 
 
 DIFFERENTIABLE = ("query", "key", "value", "bias")

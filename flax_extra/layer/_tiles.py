@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from flax_extra import combinator as cb
 from flax_extra.layer._sharding import get_varying_axes
 
 Index: TypeAlias = int | Array
@@ -112,9 +113,11 @@ class Grid:
         """Returns the index of the first tile of a row."""
         return TileIndex(number // self.queries.n_pieces, number % self.queries.n_pieces)
 
-    def read(self, x: Array, axes: Axes, index: TileIndex) -> Array:
+    def read(self, x: Array | cb.CacheEntry, axes: Axes, index: TileIndex) -> Array:
         """Reads the part of an array that belongs to a tile."""
         part = self._locate(x.shape, axes, index)
+        if isinstance(x, cb.CacheEntry):
+            return x.reshape(part.view).read(part.starts, part.sizes).reshape(part.shape)
         if part.sizes == part.view:
             return x
         return lax.dynamic_slice(x.reshape(part.view), part.starts, part.sizes).reshape(part.shape)

@@ -10,6 +10,7 @@ name is missing from the list.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,7 @@ SETTINGS = {"LinearScaling", "Llama3Scaling"}
 """Public values that configure a layer, and are none: ``tests/layer/test_rotary.py`` has them."""
 
 HEADS = {"heads": 2}
+HEADS_ALONE = {"n_heads": 2}
 PAIRED = st.sampled_from([2, 4])
 """Features that two heads can share."""
 
@@ -117,6 +119,17 @@ LINEAR_RECURRENCE_NAMES = {
     "bias_init": ("all_features",),
     "decay_init": ("decays",),
 }
+
+
+def _make_biased_attention(fields: Fields) -> xn.SelfAttention:
+    own = dict(fields)
+    bias = {name: own[name] for name in ("dtype", "param_dtype") if name in own}
+    if "position_bias_init" in own:
+        bias["bias_init"] = own.pop("position_bias_init")
+    position_bias = functools.partial(
+        xn.RelativePositionBias, 2, n_buckets=4, max_distance=8, **bias
+    )
+    return xn.SelfAttention(n_heads=2, position_bias=position_bias, logit_cap=5.0, **own)
 
 
 def _dense(*shape: int) -> Mapping[str, Any]:
@@ -276,6 +289,59 @@ LAYER_ENTRIES = [
         repeatable=True,
         initializers=ATTENTION_NAMES,
         shapes={"sizes": {"features_in": PAIRED, **HEADS}, "dtypes": MASKS},
+    ),
+    Entry(
+        name="SelfAttention: causal, with rotary positions",
+        make=lambda fields: xn.SelfAttention(
+            n_heads=4, n_kv_heads=2, causal=True, window=3, rotary=xn.RotaryEncoding(), **fields
+        ),
+        inputs=lambda: (sequence(2, 5, 8), None),
+        output_shapes=(2, 5, 8),
+        param_shapes={
+            "query": _dense(8, 4, 2),
+            "key": _dense(8, 2, 2),
+            "value": _dense(8, 2, 2),
+            "out": _dense(8, 8),
+        },
+        repeatable=True,
+        initializers=ATTENTION_NAMES,
+    ),
+    Entry(
+        name="SelfAttention: with a position bias",
+        make=_make_biased_attention,
+        inputs=lambda: (sequence(2, 5, 6), None),
+        output_shapes=(2, 5, 6),
+        param_shapes={
+            "query": _dense(6, 2, 3),
+            "key": _dense(6, 2, 3),
+            "value": _dense(6, 2, 3),
+            "out": _dense(6, 6),
+            "position_bias": {"bias": (4, 2)},
+        },
+        repeatable=True,
+        initializers={
+            **ATTENTION_NAMES,
+            "position_bias_init": ("buckets", "heads"),
+        },
+    ),
+    Entry(
+        name="RelativePositionBias",
+        make=lambda fields: xn.RelativePositionBias(2, n_buckets=4, max_distance=8, **fields),
+        inputs=lambda: (np.arange(3)[None], np.arange(4)[None]),
+        output_shapes=(1, 2, 3, 4),
+        param_shapes={"bias": (4, 2)},
+        initializers={"bias_init": ("buckets", "heads")},
+        shapes={"sizes": HEADS_ALONE},
+    ),
+    Entry(
+        name="LinearPositionBias",
+        make=lambda fields: xn.LinearPositionBias(
+            2, **{name: x for name, x in fields.items() if name == "dtype"}
+        ),
+        inputs=lambda: (np.arange(3)[None], np.arange(4)[None]),
+        output_shapes=(1, 2, 3, 4),
+        param_shapes={},
+        shapes={"sizes": HEADS_ALONE},
     ),
     Entry(
         name="FeedForward",

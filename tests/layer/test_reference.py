@@ -141,9 +141,11 @@ BEYOND = {
     "GRU",
     "Learned",
     "LinearRecurrence",
+    "LinearPositionBias",
     "LinearScaling",
     "Llama3Scaling",
     "Recurrent",
+    "RelativePositionBias",
     "RotaryEncoding",
     "interpolate_positions",
 }

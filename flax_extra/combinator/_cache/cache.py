@@ -24,7 +24,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from flax_extra.combinator._cache.entry import Entry
+from flax_extra.combinator._cache.entry import CacheEntry
 from flax_extra.combinator._core import errors, stream_errors
 from flax_extra.combinator._core.describe import describe_item
 
@@ -99,7 +99,13 @@ class Cache:
         self._decode = bool(decode)
         self._lengths = check_lengths(name, lengths, self._batch, self._time)
         self._variables: dict[str, Any] = {}
-        self._read: dict[str, tuple[Entry, Array]] = {}
+        self._read: dict[str, tuple[CacheEntry, Array]] = {}
+        self._is_missing: Any = False
+
+    @property
+    def decode(self) -> bool:
+        """Whether there is a state, or one is made while initializing."""
+        return self._decode
 
     @property
     def is_streaming(self) -> bool:
@@ -183,6 +189,57 @@ class Cache:
             state = jax.tree.map(functools.partial(_choose_rows, self._lengths > 0), state, kept)
         variable.value = state
 
+    # What is given once
+
+    def remember(self, name: str, value: Array | None, *, dtype: Any = None) -> None:
+        """Remembers a value that is given in one block, and not in later ones, for :meth:`read`.
+
+        Such as the keys of what a decoder attends to.
+
+        Args:
+            name: the name of the value.
+            value: an array ``[batch, ...]`` of the same shape in each block, or None to go on with
+                what was given last.
+            dtype: of what is remembered; that of the value by default.
+
+        Raises:
+            StreamError: If no value was given so far in a row, where that is known.
+            ValueError: If the value does not have the batch of the inputs.
+        """
+        given_name = f"{name}_given"
+        if value is None and not self.is_streaming:
+            raise stream_errors.nothing_given(self._name, name)
+        if value is not None and jnp.shape(value)[:1] != (self._batch,):
+            raise stream_errors.no_batch_in_value(
+                self._name, name, describe_item(value), self._batch
+            )
+        if value is not None and dtype is not None:
+            value = value.astype(dtype)
+        if self._decode:
+            self._make_state(name, lambda: jax.tree.map(jnp.zeros_like, value))
+            self._make_state(given_name, lambda: jnp.zeros((self._batch,), bool))
+        if value is not None and not self.is_streaming:
+            self._read[name] = CacheEntry(value), self.positions
+            return
+        entry = self._get_entry(name)
+        if value is None:
+            is_given = self._variables[given_name].value
+            self._check_given(name, is_given)
+            self._is_missing |= ~is_given
+        else:
+            if value.shape != entry.shape:
+                raise stream_errors.other_value(self._name, name, entry.shape, value.shape)
+            entry = entry.replace_boxed(value.astype(entry.dtype))
+            self._put_entry(name, entry)
+            self._variables[given_name].value = jnp.ones((self._batch,), bool)
+        self._read[name] = entry, self.positions
+
+    def lose_rows(self, x: Array) -> Array:
+        """Puts NaN into rows that cannot go on: they are lost, or were never given a value."""
+        if not self.is_streaming:
+            return x
+        return _lose_rows((self._start >= LOST) | self._is_missing, x)
+
     # Steps of the past
 
     def extend(self, name: str, steps: Array, n: int) -> Array:
@@ -233,10 +290,9 @@ class Cache:
             shape = (self._batch, size, *steps.shape[2:])
             self._make_state(name, lambda: jnp.zeros(shape, steps.dtype))
         if not self.is_streaming:
-            self._read[name] = Entry(steps), self.positions
+            self._read[name] = CacheEntry(steps), self.positions
             return
-        stored: Any = self._layer.get_variable(COLLECTION, name)
-        past = stored if isinstance(stored, Entry) else Entry(stored)
+        past = self._get_entry(name)
         if (past.shape[:1], past.shape[2:]) != (steps.shape[:1], steps.shape[2:]):
             expected = (self._batch, past.shape[1], *steps.shape[2:])
             raise stream_errors.other_state(self._name, name, str(past.shape), str(expected))
@@ -246,14 +302,14 @@ class Cache:
             entry, self._read[name] = self._write_in_ring(past, steps)
         else:
             entry, self._read[name] = self._write_to_end(past, steps)
-        self._layer.put_variable(COLLECTION, name, entry if entry.indices else entry.stacked)
+        self._put_entry(name, entry)
 
     def read(self, name: str) -> Array:
-        """Reads the steps that were appended under a name, those of this block included.
+        """Reads what was appended or remembered under a name, this block included.
 
         Returns:
-            ``[batch, n, ...]``. :meth:`locate` tells the positions. The last place of a row that
-            ran over the capacity holds NaN.
+            ``[batch, n, ...]``. Of what was appended, :meth:`locate` tells the positions, and the
+            last place of a row that ran over the capacity holds NaN.
         """
         return self._read[name][0].unbox()
 
@@ -264,7 +320,7 @@ class Cache:
         """
         return self._read[name][1]
 
-    def get_entry(self, name: str) -> Entry:
+    def get_entry(self, name: str) -> CacheEntry:
         """Returns what :meth:`read` reads, so that parts of it can be read."""
         return self._read[name][0]
 
@@ -306,6 +362,21 @@ class Cache:
         """Declares a variable of the layer. Linen raises an error if its name is taken."""
         return self._layer.variable(COLLECTION, name, make)
 
+    def _get_entry(self, name: str) -> CacheEntry:
+        """Gets a state without reading it: one copy of it, if it is stacked for several."""
+        stored: Any = self._layer.get_variable(COLLECTION, name)
+        return stored if isinstance(stored, CacheEntry) else CacheEntry(stored)
+
+    def _put_entry(self, name: str, entry: CacheEntry) -> None:
+        self._layer.put_variable(COLLECTION, name, entry if entry.indices else entry.stacked)
+
+    def _check_given(self, name: str, is_given: Array) -> None:
+        """Raises an error if a row is known to have no value."""
+        if is_known(is_given):
+            rows = np.flatnonzero(~np.asarray(is_given)).tolist()
+            if rows:
+                raise stream_errors.value_not_given(self._name, name, rows)
+
     def _check_state(self, name: str, kept: Any, state: Any) -> None:
         found, expected = describe_item(state), describe_item(kept)
         if found != expected:
@@ -323,7 +394,9 @@ class Cache:
             starts = np.asarray(self._start)[rows].tolist()
             raise stream_errors.over_capacity(self._name, rows, starts, self._time, capacity)
 
-    def _write_to_end(self, past: Entry, steps: Array) -> tuple[Entry, tuple[Entry, Array]]:
+    def _write_to_end(
+        self, past: CacheEntry, steps: Array
+    ) -> tuple[CacheEntry, tuple[CacheEntry, Array]]:
         """Writes each row at its positions. What runs over puts NaN at the row's last place."""
         capacity = past.shape[1]
         self._check_capacity(capacity)
@@ -335,7 +408,9 @@ class Cache:
         entry = past.write_rows(_lose_rows(runs_over, steps), at)
         return entry, (entry, jnp.arange(capacity, dtype=jnp.int32)[None])
 
-    def _write_in_ring(self, past: Entry, steps: Array) -> tuple[Entry, tuple[Entry, Array]]:
+    def _write_in_ring(
+        self, past: CacheEntry, steps: Array
+    ) -> tuple[CacheEntry, tuple[CacheEntry, Array]]:
         """Writes the last steps of the block in the places of the oldest."""
         size = past.shape[1]
         taken = self._time if self._lengths is None else self._lengths[:, None]
@@ -348,7 +423,7 @@ class Cache:
         # A step may see one whose place a later step of the block takes.
         positions = jnp.concatenate([_locate_in_ring(last, size), self.positions], axis=1)
         both = jnp.concatenate([past.unbox(), steps], axis=1)
-        return entry, (Entry(both), positions)
+        return entry, (CacheEntry(both), positions)
 
 
 def check_lengths(asked: str, lengths: Any, batch: Any, time: Any) -> Array | None:

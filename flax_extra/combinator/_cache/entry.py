@@ -2,8 +2,8 @@
 
 A ``repeat`` stacks what its copies remember on a leading axis, and runs the copies in a loop. If
 the loop cut out the part of each copy and put it back, a step of one token would copy the whole
-cache. Instead the loop carries the stacked arrays, and each variable is an :class:`Entry` of them.
-``Variable.value`` reads and writes an entry as any other array; :class:`Cache` also reads and
+cache. Instead the loop carries the stacked arrays, and each variable is a :class:`CacheEntry` of
+them. ``Variable.value`` reads and writes an entry as any other array; :class:`Cache` also reads and
 writes parts of it, which is why a step touches only the positions that it needs.
 """
 
@@ -20,14 +20,22 @@ from jax import Array
 from flax_extra.combinator._core import stream_errors
 
 
-class Entry(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):  # type: ignore[no-untyped-call]
+class CacheEntry(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):  # type: ignore[no-untyped-call]
     """One entry of an array that is stacked on leading axes: ``stacked[indices]``.
 
-    Linen unboxes it in ``Variable.value``, as it does partitioned parameters.
+    Linen unboxes it in ``Variable.value``, as it does partitioned parameters. A layer gets one from
+    :meth:`Cache.get_entry`, to read parts of it.
 
     Args:
         stacked: the array for all copies, ``[copies, ..., *shape]``.
         indices: the index of the copy on each leading axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax_extra import combinator as cb
+        >>> entry = cb.CacheEntry(jnp.arange(12).reshape(2, 6), indices=(1,))
+        >>> entry.shape, entry.read((2,), (3,)).tolist()
+        ((6,), [8, 9, 10])
     """
 
     stacked: Array
@@ -37,6 +45,16 @@ class Entry(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):  # type: ignore[no-un
     def shape(self) -> tuple[int, ...]:
         """The shape of the entry."""
         return self.stacked.shape[len(self.indices) :]
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the entry."""
+        return self.stacked.dtype
+
+    @property
+    def ndim(self) -> int:
+        """How many axes the entry has."""
+        return len(self.shape)
 
     def unbox(self) -> Array:
         """Reads the entry."""
@@ -50,36 +68,51 @@ class Entry(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):  # type: ignore[no-un
         )
         return part.reshape(sizes)
 
-    def replace_boxed(self, val: Any) -> Entry:
+    def reshape(self, shape: tuple[int, ...]) -> CacheEntry:
+        """Gives the entry other axes."""
+        leading = self.stacked.shape[: len(self.indices)]
+        return CacheEntry(self.stacked.reshape(*leading, *shape), self.indices)
+
+    def replace_boxed(self, val: Any) -> CacheEntry:
         """Writes the entry."""
         n_leading = len(self.indices)
         starts = (*self.indices, *(0,) * val.ndim)
         boxed = jnp.expand_dims(val, tuple(range(n_leading)))
-        return Entry(jax.lax.dynamic_update_slice(self.stacked, boxed, starts), self.indices)
+        return CacheEntry(jax.lax.dynamic_update_slice(self.stacked, boxed, starts), self.indices)
 
-    def write_rows(self, rows: Array, at: Array) -> Entry:
+    def write_rows(self, rows: Array, at: Array) -> CacheEntry:
         """Writes rows ``[batch, time, ...]`` of an entry ``[batch, n, ...]``.
 
         Args:
             rows: the rows to write.
             at: where on the second axis, ``[batch, time]``. A row at n is not written.
         """
+        # An index for every leading axis and row: if the batch were a batch axis of the scatter,
+        # XLA would lay out the whole array anew. On a mesh, devices exchange the rows, which are
+        # few, and never the array.
+        parts = [*self.indices, jnp.arange(at.shape[0])[:, None], at]
+        n_indexed = len(parts)
+        numbers = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(2, rows.ndim)),
+            inserted_window_dims=tuple(range(n_indexed)),
+            scatter_dims_to_operand_dims=tuple(range(n_indexed)),
+        )
 
-        def write(stacked: Array, rows: Array, at: Array) -> Array:
-            written: Array = stacked.at[(*self.indices, at)].set(
-                rows.astype(stacked.dtype), mode="drop"
-            )
-            return written
+        def write(stacked: Array, rows: Array, parts: list[Array]) -> Array:
+            parts = [jnp.broadcast_to(jnp.asarray(x, jnp.int32), rows.shape[:2]) for x in parts]
+            indices = jnp.stack(parts, axis=-1)
+            return jax.lax.scatter(stacked, indices, rows, numbers, mode="drop")
 
-        axis = len(self.indices)  # the batch
-        stacked = jax.vmap(write, in_axes=(axis, 0, 0), out_axes=axis)(self.stacked, rows, at)
-        return Entry(stacked, self.indices)
+        sharding: Any = jax.typeof(self.stacked).sharding
+        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
+            write = jax.sharding.auto_axes(write, out_sharding=sharding.spec)
+        return CacheEntry(write(self.stacked, rows.astype(self.dtype), parts), self.indices)
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> Entry:
+    def add_axis(self, index: int, params: dict[Any, Any]) -> CacheEntry:
         """Does nothing: the axes of copies are known by their number."""
         return self
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> Entry:
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> CacheEntry:
         """Does nothing: the axes of copies are known by their number."""
         return self
 
@@ -115,15 +148,15 @@ class Copy:
                     raise stream_errors.new_state(name)
                 value = known[path].replace_boxed(value)
             indices = value.indices[:-1]
-            return Entry(value.stacked, indices) if indices else value.stacked
+            return CacheEntry(value.stacked, indices) if indices else value.stacked
 
         return jax.tree_util.tree_map_with_path(leave, variables, is_leaf=_is_entry)
 
-    def _enter(self, value: Any) -> Entry:
-        if isinstance(value, Entry):
-            return Entry(value.stacked, (*value.indices, self._index))
-        return Entry(value, (self._index,))
+    def _enter(self, value: Any) -> CacheEntry:
+        if isinstance(value, CacheEntry):
+            return CacheEntry(value.stacked, (*value.indices, self._index))
+        return CacheEntry(value, (self._index,))
 
 
 def _is_entry(x: Any) -> bool:
-    return isinstance(x, Entry)
+    return isinstance(x, CacheEntry)

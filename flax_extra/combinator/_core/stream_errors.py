@@ -67,6 +67,34 @@ def no_batch_in_state(layer: str, name: str, found: str, batch: object) -> Strea
     )
 
 
+def no_batch_in_value(layer: str, name: str, found: str, batch: object) -> ValueError:
+    return ValueError(
+        f"{layer} remembers a value for each row of the batch, so that its first axis has size "
+        f"{batch}; the value {name!r} is {found}."
+    )
+
+
+def nothing_given(layer: str, name: str) -> StreamError:
+    return StreamError(
+        f"{layer} got None for {name!r}, and has no earlier block to remember it from. Give it "
+        f"when initializing, in calls without decode, and in the first block of a stream."
+    )
+
+
+def value_not_given(layer: str, name: str, rows: Sequence[int]) -> StreamError:
+    return StreamError(
+        f"{layer} got None for {name!r}, and rows {', '.join(map(str, rows))} were not given it "
+        f"before. Give it in the first block of a row, also after a reset."
+    )
+
+
+def other_value(layer: str, name: str, expected: object, found: object) -> StreamError:
+    return StreamError(
+        f"{layer} remembers {name!r} of shape {expected}, as when the stream was made; got shape "
+        f"{found}. What is remembered as a whole does not grow from block to block."
+    )
+
+
 def no_floats(layer: str, name: str, found: str) -> TypeError:
     return TypeError(
         f"{layer} appends floats to its state {name!r}, because a row that runs over the capacity "

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_extra.combinator._cache.cache import COLLECTION
-from flax_extra.combinator._cache.entry import Copy, Entry
+from flax_extra.combinator._cache.entry import CacheEntry, Copy
 from flax_extra.combinator._core import errors, linen
 from flax_extra.combinator._core.combinator import Combinator
 from flax_extra.combinator._core.describe import describe_item
@@ -304,7 +304,7 @@ class _State:
     def read(self) -> dict[Key, Any]:
         """Reads all values."""
         return {
-            (index, collection, path): value.unbox() if isinstance(value, Entry) else value
+            (index, collection, path): value.unbox() if isinstance(value, CacheEntry) else value
             for index, module in enumerate(self._modules)
             for collection in linen.list_mutable(module)
             if collection != "params"
