@@ -28,7 +28,7 @@ from flax_extra.layer._attend import (
     check_rate,
     check_window,
 )
-from flax_extra.layer._constructor import Constructor, check_constructor
+from flax_extra.layer._constructor import Constructor, check_constructor, make_named
 from flax_extra.layer._initializers import LECUN_NORMAL, reshape_drawn
 from flax_extra.layer._padding import zero_padding
 from flax_extra.layer._rotary import RotaryEncoding
@@ -130,10 +130,11 @@ class Attention(nn.Module):
         rotary: how queries and keys are turned by their positions; see :class:`RotaryEncoding`.
         position_bias: a constructor of a module that gives what to add to the logits from the
             positions of queries and keys, such as
-            ``functools.partial(xn.RelativePositionBias, n_heads)``. It is called with
-            ``name="position_bias"``.
+            ``functools.partial(xn.RelativePositionBias, n_heads)``. It gets the name
+            ``position_bias``, if it takes one.
         qk_norm: a constructor of the norms of queries and keys, such as ``nn.RMSNorm``, over the
-            features of each head. It is called with the names ``query_norm`` and ``key_norm``.
+            features of each head. They get the names ``query_norm`` and ``key_norm``, if it takes
+            one.
         logit_cap: what the logits stay below, by a tanh; no cap by default.
         scale: factor of the logits; one over the square root of a head's features by default.
         sow_weights: whether to sow the attention weights, ``[batch, heads, time_q, time_kv]``,
@@ -145,10 +146,9 @@ class Attention(nn.Module):
     Raises:
         ValueError: If ``n_heads`` does not divide ``d_qk`` or ``d_v``, or ``n_kv_heads`` does not
             divide ``n_heads``, ``dropout_rate`` is not in [0, 1), a number of heads, ``chunk_size``
-            or ``window`` is below 1, ``window`` is given without ``causal``, or ``logit_cap`` is
-            not above 0.
-        TypeError: If ``position_bias`` or ``qk_norm`` is no constructor, or ``rotary`` no
-            RotaryEncoding.
+            or ``window`` is below 1, ``window`` is given without ``causal``, ``logit_cap`` is not
+            above 0, or ``position_bias`` or ``qk_norm`` is no constructor.
+        TypeError: If ``rotary`` is no RotaryEncoding.
 
     Source: Vaswani et al. (2017), section 3.2.2. Ainslie et al., "GQA" (2023) for ``n_kv_heads``;
     Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (2023), section 2, for
@@ -206,7 +206,7 @@ class Attention(nn.Module):
             if self.n_kv_heads < 1:
                 raise _errors.too_small(name, "n_kv_heads", 1, self.n_kv_heads)
             if self.n_heads % self.n_kv_heads:
-                raise _errors.indivisible(name, "n_heads", self.n_heads, self.n_kv_heads)
+                raise _errors.indivisible_kv_heads(name, self.n_kv_heads, self.n_heads)
         check_rate(name, self.dropout_rate)
         check_chunk_size(name, self.chunk_size)
         check_window(name, self.window, self.causal)
@@ -296,7 +296,7 @@ class Attention(nn.Module):
             options["query_positions"] = operands.query_positions
             options["key_positions"] = operands.key_positions
         if self.position_bias is not None:
-            find_bias = self.position_bias(name="position_bias")
+            find_bias = make_named(self.position_bias, "position_bias")
             options["bias"] = find_bias(operands.query_positions, operands.key_positions)
         options = {k: x for k, x in options.items() if x is not None and x is not False}
         if self.sow_weights and self.is_mutable_collection("intermediates"):
@@ -402,7 +402,7 @@ class Attention(nn.Module):
     def _place(self, norm_name: str, x: Array, positions: Array) -> Array:
         """Normalizes a query or key, and turns it by its positions."""
         if self.qk_norm is not None:
-            x = self.qk_norm(name=norm_name)(x)
+            x = make_named(self.qk_norm, norm_name)(x)
         return x if self.rotary is None else self.rotary.rotate(x, positions)
 
     @nn.nowrap

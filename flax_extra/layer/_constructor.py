@@ -43,5 +43,11 @@ def select_keywords(function: Callable[..., Any], **keywords: Any) -> dict[str, 
     return {name: value for name, value in keywords.items() if name in names}
 
 
+def make_named(constructor: Constructor, name: str) -> Callable[..., Any]:
+    """Makes a sub-layer with a name, if the constructor takes one, in a compact call."""
+    made: Callable[..., Any] = constructor(**select_keywords(constructor, name=name))
+    return made
+
+
 def _return_argument(x: Any) -> Any:
     return x

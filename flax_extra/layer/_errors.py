@@ -128,6 +128,12 @@ def new_mask(layer: str) -> cb.StreamError:
     )
 
 
+def indivisible_kv_heads(layer: str, n_kv_heads: int, n_heads: int) -> ValueError:
+    return ValueError(
+        f"{layer} takes n_kv_heads that divide n_heads; got {n_kv_heads} and n_heads {n_heads}."
+    )
+
+
 def not_rotary(layer: str, given: str) -> TypeError:
     return TypeError(
         f"{layer} takes a RotaryEncoding as rotary, such as xn.RotaryEncoding(base=10000.0); got "
