@@ -100,6 +100,7 @@ class Cache:
         self._lengths = check_lengths(name, lengths, self._batch, self._time)
         self._variables: dict[str, Any] = {}
         self._read: dict[str, tuple[CacheEntry, Array]] = {}
+        self._recalled: set[str] = set()
         self._is_missing: Any = False
 
     @property
@@ -154,6 +155,7 @@ class Cache:
             ValueError: If ``initial`` does not have the batch of the inputs, or the kept state has
                 another shape.
         """
+        self._recalled.add(name)
         for leaf in jax.tree.leaves(initial):
             if jnp.shape(leaf)[:1] != (self._batch,):
                 raise stream_errors.no_batch_in_state(
@@ -178,8 +180,10 @@ class Cache:
             state: the state after the last valid step, with the shapes and dtypes of the initial.
 
         Raises:
-            ValueError: If the state has other shapes or dtypes.
+            ValueError: If the state was not recalled before, or has other shapes or dtypes.
         """
+        if name not in self._recalled:
+            raise stream_errors.not_recalled(self._name, name)
         if not self.is_streaming:
             return
         variable = self._variables[name]
@@ -252,7 +256,13 @@ class Cache:
 
         Returns:
             ``[batch, n + time, ...]``.
+
+        Raises:
+            ValueError: If the steps are not those of the block, or ``n`` is below 0.
         """
+        self._check_steps(name, steps)
+        if n < 0:
+            raise errors.too_small(self._name, f"a number of steps for {name}", 0, n)
         past = self.recall(name, jnp.zeros((self._batch, n, *steps.shape[2:]), steps.dtype))
         both = jnp.concatenate([past, steps], axis=1)
         if self._lengths is None:
@@ -275,9 +285,11 @@ class Cache:
             dtype: of what is remembered; that of ``steps`` by default.
 
         Raises:
-            ValueError: If the block is longer than the capacity or a row is known to run over it,
-                the steps are no floats, or ``window`` is below 1.
+            StreamError: If the block is longer than the capacity, or a row is known to run over it.
+            TypeError: If the steps are no floats.
+            ValueError: If the steps are not those of the block, or ``window`` is below 1.
         """
+        self._check_steps(name, steps)
         if not jnp.issubdtype(steps.dtype, jnp.floating):
             raise stream_errors.no_floats(self._name, name, describe_item(steps))
         if window is not None and window < 1:
@@ -294,8 +306,12 @@ class Cache:
             return
         past = self._get_entry(name)
         if (past.shape[:1], past.shape[2:]) != (steps.shape[:1], steps.shape[2:]):
-            expected = (self._batch, past.shape[1], *steps.shape[2:])
-            raise stream_errors.other_state(self._name, name, str(past.shape), str(expected))
+            expected = jax.ShapeDtypeStruct(
+                (self._batch, past.shape[1], *steps.shape[2:]), steps.dtype
+            )  # type: ignore[no-untyped-call]
+            raise stream_errors.other_state(
+                self._name, name, describe_item(past), describe_item(expected)
+            )
         steps = _lose_rows(self._start >= LOST, steps.astype(past.stacked.dtype))
         # A window that the capacity does not reach is no ring: the row ends before it is full.
         if past.shape[1] == window:
@@ -311,17 +327,19 @@ class Cache:
             ``[batch, n, ...]``. Of what was appended, :meth:`locate` tells the positions, and the
             last place of a row that ran over the capacity holds NaN.
         """
-        return self._read[name][0].unbox()
+        return self.get_entry(name).unbox()
 
     def locate(self, name: str) -> Array:
         """Returns the position of each step that :meth:`read` gives: ``[batch, n]``, or ``[1, n]``.
 
         A place that is not filled has a position below 0, or above the row's last valid step.
         """
+        self._check_read(name)
         return self._read[name][1]
 
     def get_entry(self, name: str) -> CacheEntry:
         """Returns what :meth:`read` reads, so that parts of it can be read."""
+        self._check_read(name)
         return self._read[name][0]
 
     # How it is done
@@ -377,6 +395,17 @@ class Cache:
             if rows:
                 raise stream_errors.value_not_given(self._name, name, rows)
 
+    def _check_steps(self, name: str, steps: Array) -> None:
+        """Raises an error if steps are not those of the block."""
+        if steps.shape[:2] != (self._batch, self._time):
+            raise stream_errors.other_steps(
+                self._name, name, describe_item(steps), self._batch, self._time
+            )
+
+    def _check_read(self, name: str) -> None:
+        if name not in self._read:
+            raise stream_errors.nothing_to_read(self._name, name)
+
     def _check_state(self, name: str, kept: Any, state: Any) -> None:
         found, expected = describe_item(state), describe_item(kept)
         if found != expected:
@@ -389,7 +418,8 @@ class Cache:
         end = self._start + (self._time if self._lengths is None else self._lengths)
         if not is_known(end):
             return
-        rows = np.flatnonzero(np.asarray(end) > capacity).tolist()
+        is_over = (end > capacity) & (self._start < LOST)  # a row that is lost stays NaN
+        rows = np.flatnonzero(np.asarray(is_over)).tolist()
         if rows:
             starts = np.asarray(self._start)[rows].tolist()
             raise stream_errors.over_capacity(self._name, rows, starts, self._time, capacity)

@@ -18,6 +18,7 @@ from flax import struct
 from jax import Array
 
 from flax_extra.combinator._core import stream_errors
+from flax_extra.combinator._core.describe import describe_item
 
 
 class CacheEntry(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):  # type: ignore[no-untyped-call]
@@ -74,7 +75,15 @@ class CacheEntry(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):  # type: ignore[
         return CacheEntry(self.stacked.reshape(*leading, *shape), self.indices)
 
     def replace_boxed(self, val: Any) -> CacheEntry:
-        """Writes the entry."""
+        """Writes the entry.
+
+        Raises:
+            StreamError: If the shape or dtype changes.
+        """
+        if (jnp.shape(val), jnp.result_type(val)) != (self.shape, self.dtype):
+            raise stream_errors.changing_state(
+                "of one copy", describe_item(self), describe_item(jnp.asarray(val))
+            )
         n_leading = len(self.indices)
         starts = (*self.indices, *(0,) * val.ndim)
         boxed = jnp.expand_dims(val, tuple(range(n_leading)))
@@ -144,7 +153,7 @@ class Copy:
         def leave(path: Any, value: Any) -> Any:
             if not _is_entry(value):  # it was replaced as a whole
                 if path not in known:
-                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
                     raise stream_errors.new_state(name)
                 value = known[path].replace_boxed(value)
             indices = value.indices[:-1]

@@ -95,6 +95,27 @@ def other_value(layer: str, name: str, expected: object, found: object) -> Strea
     )
 
 
+def not_recalled(layer: str, name: str) -> ValueError:
+    return ValueError(
+        f"{layer} keeps a state {name!r} that it did not recall. Call Cache.recall({name!r}, "
+        f"initial) first: it says what the state is at the start."
+    )
+
+
+def nothing_to_read(layer: str, name: str) -> ValueError:
+    return ValueError(
+        f"{layer} reads {name!r}, and put nothing under that name in this call. Call "
+        f"Cache.append({name!r}, steps) or Cache.remember({name!r}, value) first."
+    )
+
+
+def other_steps(layer: str, name: str, found: str, batch: object, time: object) -> ValueError:
+    return ValueError(
+        f"{layer} remembers steps of its block, and the Cache was made for inputs with axes "
+        f"[batch={batch}, time={time}]; the steps {name!r} are {found}."
+    )
+
+
 def no_floats(layer: str, name: str, found: str) -> TypeError:
     return TypeError(
         f"{layer} appends floats to its state {name!r}, because a row that runs over the capacity "
@@ -123,8 +144,8 @@ def over_capacity(
 
 def new_state(name: str) -> StreamError:
     return StreamError(
-        f"A layer in a repeat made the state {name!r} while the stream ran. State is made when the "
-        f"stream starts: make it while initializing with decode=True, too."
+        f"A layer made the state {name!r} while the stream ran. State is made when the stream "
+        f"starts: make it while initializing with decode=True, too."
     )
 
 
@@ -249,6 +270,19 @@ def wrong_inputs(expected: str, found: str) -> ValueError:
     return ValueError(f"The stream takes inputs {expected}; got {found}.")
 
 
+def empty_block(expected: str, found: str) -> ValueError:
+    return ValueError(
+        f"A block has at least one step. The stream takes inputs {expected}; got {found}."
+    )
+
+
+def decode_in_step(found: str) -> TypeError:
+    return TypeError(
+        f"step sees to decode itself; got decode={found}. Leave it out, or call the pipeline "
+        f"without a stream."
+    )
+
+
 def other_stream(where: str, expected: str, found: str) -> StreamError:
     return StreamError(
         f"The state is not one of this stream: {where} should be {expected}, and is {found}. Start "
@@ -278,14 +312,16 @@ def no_lengths(layers: Sequence[str]) -> StreamError:
     )
 
 
-def rows_out_of_range(found: Sequence[int], n_rows: object) -> ValueError:
-    return ValueError(f"The state has rows 0 to {n_rows} - 1; got {', '.join(map(str, found))}.")
+def rows_out_of_range(found: Sequence[int], n_rows: int) -> ValueError:
+    return ValueError(f"The state has rows 0 to {n_rows - 1}; got {', '.join(map(str, found))}.")
 
 
-def wrong_rows(found: str, n_rows: object) -> ValueError:
-    return ValueError(
-        f"Rows are integers on one axis, or a boolean for each row, bool[{n_rows}]; got {found}."
-    )
+def wrong_rows(found: str) -> ValueError:
+    return ValueError(f"Rows are integers on one axis, as in [0, 2]; got {found}.")
+
+
+def wrong_rows_to_reset(found: str, n_rows: object) -> ValueError:
+    return ValueError(f"Booleans for rows are one for each row, bool[{n_rows}]; got {found}.")
 
 
 def full_stream(positions: Sequence[tuple[int, int]], time: object, capacity: int) -> StreamError:

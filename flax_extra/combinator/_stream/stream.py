@@ -188,7 +188,13 @@ class Stream:
         """
         if not isinstance(state, StreamState):
             raise stream_errors.not_a_state(type(state).__name__)
+        if "decode" in context:
+            raise stream_errors.decode_in_step(describe_item(context["decode"]))
         sizes = read_sizes(self._call.items, flatten(inputs))
+        if sizes.get(self._time, 0) == 0:
+            raise stream_errors.empty_block(
+                describe_stack(self._call.items), describe_stack(flatten(inputs))
+            )
         rows, time = state.position.shape[0], sizes[self._time]
         if sizes.get(self._batch, rows) != rows:
             raise stream_errors.other_rows(rows, sizes[self._batch])
@@ -229,7 +235,7 @@ class Stream:
         Raises:
             ValueError: If the rows are not integers on one axis, or are known to be out of range.
         """
-        rows = self._check_rows(state, rows)
+        rows = self._check_rows(state, _as_rows(rows))
         axes = self._find_layout(state.sizes).state_axes
         cache = jax.tree.map(lambda leaf, axis: _take_rows(leaf, axis, rows), state.cache, axes)
         return StreamState(cache, _take_rows(state.position, 0, rows), state.sizes)
@@ -248,10 +254,11 @@ class Stream:
         axes = self._find_layout(state.sizes).state_axes
         self._check_each_row(axes)
         n_rows = state.position.shape[0]
-        if jnp.issubdtype(jnp.result_type(rows), jnp.bool_):
-            if jnp.shape(rows) != (n_rows,):
-                raise stream_errors.wrong_rows(describe_item(jnp.asarray(rows)), n_rows)
-            is_reset = jnp.asarray(rows)
+        rows = _as_rows(rows)
+        if rows.dtype == bool:
+            if rows.shape != (n_rows,):
+                raise stream_errors.wrong_rows_to_reset(describe_item(rows), n_rows)
+            is_reset = rows
         else:
             rows = self._check_rows(state, rows)
             is_reset = jnp.zeros((n_rows,), bool).at[rows].set(True, mode="drop")
@@ -296,20 +303,22 @@ class Stream:
         end = position + (time if lengths is None else lengths)
         if not is_known(end):
             return
-        over = np.flatnonzero(np.asarray(end) > self._room).tolist()
+        is_over = (end > self._room) & (position < LOST)  # a row that is lost stays NaN
+        over = np.flatnonzero(np.asarray(is_over)).tolist()
         if over:
             places = [(row, int(position[row])) for row in over]
             raise stream_errors.full_stream(places, time, self._room)
 
-    def _check_rows(self, state: StreamState, rows: Any) -> Array:
+    def _check_rows(self, state: StreamState, rows: Array) -> Array:
+        """Returns rows; those out of range, if that is not known, beyond the last."""
         n_rows = state.position.shape[0]
-        if not jnp.issubdtype(jnp.result_type(rows), jnp.integer) or jnp.ndim(rows) != 1:
-            raise stream_errors.wrong_rows(describe_item(jnp.asarray(rows)), n_rows)
+        if not jnp.issubdtype(rows.dtype, jnp.integer) or rows.ndim != 1:
+            raise stream_errors.wrong_rows(describe_item(rows))
         if is_known(rows) and isinstance(n_rows, int):
             beyond = [row for row in np.asarray(rows).tolist() if not 0 <= row < n_rows]
             if beyond:
                 raise stream_errors.rows_out_of_range(beyond, n_rows)
-        return jnp.asarray(rows)
+        return jnp.where(rows < 0, n_rows, rows)  # JAX would count them from the end
 
     def _stream_keywords(self, lengths: Any) -> dict[str, Any]:
         keywords: dict[str, Any] = {"decode": True} if "decode" in self._keywords else {}
@@ -426,16 +435,20 @@ class Stream:
         return self._layouts[key]
 
     def _check_step(self, run: Run, time: int, others: Mapping[str, int]) -> None:
-        """Raises an error if a step does not keep the shapes of the state."""
+        """Raises an error if a step does not keep the shapes of the state, or makes another."""
         call = self._shape_call(2, time, others)
         if not run.state:
             return
         step = run_step(self._module, run.variables, run.state, call, self._stream_keywords(None))
-        after = dict(jax.tree_util.tree_leaves_with_path(step.state))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(run.state):
+        known, after = (
+            dict(jax.tree_util.tree_leaves_with_path(state)) for state in (run.state, step.state)
+        )
+        for path, leaf in known.items():
             found = describe_item(after[path]) if path in after else "absent"
             if found != describe_item(leaf):
                 raise stream_errors.changing_state(_format_path(path), describe_item(leaf), found)
+        for path in after.keys() - known.keys():
+            raise stream_errors.new_state(_format_path(path))
 
     def _check_each_row(self, axes: Any) -> None:
         for path, axis in jax.tree_util.tree_leaves_with_path(axes):
@@ -545,6 +558,11 @@ def _lose_rows(leaf: Any, axis: int, is_lost: Array) -> Any:
 
 def _clear(leaf: Array, axis: int, is_reset: Array) -> Array:
     return jnp.where(_align(is_reset, axis, leaf.ndim), jnp.zeros((), leaf.dtype), leaf)
+
+
+def _as_rows(rows: Any) -> Array:
+    """Returns rows as an array. An empty list has no dtype, and stands for no indices."""
+    return jnp.asarray(rows, jnp.int32 if isinstance(rows, list | tuple) and not rows else None)
 
 
 def _align(rows: Array, axis: int, ndim: int) -> Array:
