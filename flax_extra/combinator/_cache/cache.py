@@ -407,9 +407,10 @@ class Cache:
             raise stream_errors.nothing_to_read(self._name, name)
 
     def _check_state(self, name: str, kept: Any, state: Any) -> None:
-        found, expected = describe_item(state), describe_item(kept)
-        if found != expected:
-            raise stream_errors.other_state(self._name, name, expected, found)
+        if _list_shapes(state) != _list_shapes(kept):
+            raise stream_errors.other_state(
+                self._name, name, describe_item(kept), describe_item(state)
+            )
 
     def _check_capacity(self, capacity: int) -> None:
         """Raises an error if a row is known to run over the capacity."""
@@ -483,6 +484,11 @@ def is_known(values: Any) -> bool:
         or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable)
         for leaf in jax.tree.leaves(values)
     )
+
+
+def _list_shapes(state: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+    leaves, structure = jax.tree.flatten(state)
+    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
 
 def _locate_in_ring(last: Array, size: int) -> Array:
