@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from hypothesis import strategies as st
-from jax import Array
 
 from flax_extra.combinator._stream.axes import Axes
 
@@ -125,7 +125,7 @@ def plans(draw: st.DrawFn, takes_lengths: bool, can_reset: bool) -> Plan:
     return Plan(batch, tuple(blocks), draw(st.integers(0, 3)), draw(RARELY))
 
 
-def cut_block(axes: Axes, whole: Array, visit: Visit, fill: Any = None) -> Array:
+def cut_block(axes: Axes, whole: Any, visit: Visit, fill: Any = None) -> Any:
     """Cuts the block of a visit out of an array for the whole sequence.
 
     Args:
@@ -134,23 +134,25 @@ def cut_block(axes: Axes, whole: Array, visit: Visit, fill: Any = None) -> Array
         visit: the visit.
         fill: what stands in the padding; for None, other values of the array.
     """
-    order = jnp.asarray(visit.order)
+    # Arrays that are known are cut by numpy: JAX would compile a program for each shape.
+    xp: Any = np if isinstance(whole, np.ndarray) else jnp
+    order = np.asarray(visit.order)
     if axes.time is None:
-        return whole if axes.batch is None else jnp.take(whole, order, axes.batch)
-    steps = jnp.arange(visit.time * axes.rate)[None]
-    at = jnp.asarray(visit.position)[:, None] * axes.rate + steps
+        return whole if axes.batch is None else xp.take(whole, order, axes.batch)
+    steps = np.arange(visit.time * axes.rate)[None]
+    at = np.asarray(visit.position)[:, None] * axes.rate + steps
     if axes.batch is None:  # all rows stand at one place
-        return jnp.take(whole, at[0], axes.time)
-    first = jnp.moveaxis(whole, (axes.batch, axes.time), (0, 1))
-    block = first[order[:, None], jnp.minimum(at, first.shape[1] - 1)]
+        return xp.take(whole, at[0], axes.time)
+    first = xp.moveaxis(whole, (axes.batch, axes.time), (0, 1))
+    block = first[order[:, None], np.minimum(at, first.shape[1] - 1)]
     if fill is not None:
-        is_valid = steps < jnp.asarray(visit.lengths)[:, None] * axes.rate
+        is_valid = steps < np.asarray(visit.lengths)[:, None] * axes.rate
         is_valid = is_valid.reshape(*is_valid.shape, *(1,) * (block.ndim - 2))
-        block = jnp.where(is_valid, block, jnp.asarray(fill, block.dtype))
-    return jnp.moveaxis(block, (0, 1), (axes.batch, axes.time))
+        block = xp.where(is_valid, block, xp.asarray(fill, block.dtype))
+    return xp.moveaxis(block, (0, 1), (axes.batch, axes.time))
 
 
-def zero_padding(axes: Axes, block: Array, visit: Visit) -> Array:
+def zero_padding(axes: Axes, block: Any, visit: Visit) -> Any:
     """Puts zeros in the padding of an array for one block."""
     rows = tuple(range(len(visit.order)))
     from_zero = dataclasses.replace(visit, order=rows, position=(0,) * len(rows))

@@ -125,12 +125,16 @@ class _Checker:
         variables: Any,
         rtol: float | None,
     ) -> None:
-        self._make_stream = functools.cache(lambda capacity: make_stream(capacity=capacity))
-        self._make_step = functools.cache(
-            lambda capacity: _quick_jit(self._make_stream(capacity).step)
-        )
+        stream: cb.Stream = make_stream(capacity=CAPACITY_STEP)
+
+        @functools.cache
+        def get_stream(capacity: int) -> tuple[cb.Stream, Callable[..., Any]]:
+            found = stream if capacity == CAPACITY_STEP else make_stream(capacity=capacity)
+            return found, _quick_jit(found.step)
+
+        self._get_stream = get_stream
+        self._is_bounded = stream._room is not None
         self._rtol = rtol
-        stream: cb.Stream = self._make_stream(CAPACITY_STEP)
         self._module = stream._module
         self._sizes = {name: sizes.get(name, 3) for name in stream._names}
         calls = [
@@ -151,7 +155,7 @@ class _Checker:
         """Raises an error if an output differs at a valid step."""
         inputs = self._draw_inputs(plan)
         whole = self._run_whole(self._variables, *inputs)
-        step = self._make_step(plan.capacity)
+        _, step = self._get_stream(self._get_capacity(plan))
         for visit, outputs in self._run_blocks(step, plan, self._variables, inputs):
             leaves = zip(jax.tree.leaves(whole), jax.tree.leaves(outputs), strict=True)
             for axes, (expected, found) in zip(self._output_axes, leaves, strict=True):
@@ -165,7 +169,7 @@ class _Checker:
 
         def weigh_blocks(floats: list[Any]) -> Any:
             variables, inputs = merge(floats)
-            step = self._make_stream(plan.capacity).step
+            step = self._make_stream(plan).step
             runs = self._run_blocks(step, plan, variables, inputs)
             return sum(self._weigh(outputs, visit, plan.capacity) for visit, outputs in runs)
 
@@ -199,8 +203,9 @@ class _Checker:
             return None
         inputs = self._draw_inputs(plan)
         step_axes = self._find_step_axes(plan)
-        whole, _ = _record_steps(functools.partial(self._apply, self._variables, *inputs))
-        stream = self._make_stream(plan.capacity)
+        arrays = jax.tree.map(jnp.asarray, inputs)
+        whole, _ = _record_steps(functools.partial(self._apply, self._variables, *arrays))
+        stream = self._make_stream(plan)
         state = stream.start(plan.batch, **self._sizes)
         for block, visit in list_visits(plan):
             run = functools.partial(self._step, stream.step, state, block, visit, inputs)
@@ -216,6 +221,14 @@ class _Checker:
 
     # Running
 
+    def _make_stream(self, plan: Plan) -> cb.Stream:
+        stream, _ = self._get_stream(self._get_capacity(plan))
+        return stream
+
+    def _get_capacity(self, plan: Plan) -> int:
+        """Returns the capacity for a plan: the same for all, if the stream never ends."""
+        return plan.capacity if self._is_bounded else CAPACITY_STEP
+
     def _apply(self, variables: Any, items: Stack, context: Mapping[str, Any]) -> Any:
         return self._module.apply(variables, *items, **context)
 
@@ -230,7 +243,7 @@ class _Checker:
         variables: Any,
         inputs: tuple[Stack, Mapping[str, Any]],
     ) -> Iterator[tuple[Visit, Any]]:
-        stream = self._make_stream(plan.capacity)
+        stream = self._make_stream(plan)
         state = stream.start(plan.batch, **self._sizes)
         for block, visit in list_visits(plan):
             state, outputs = self._step(step, state, block, visit, inputs, variables)
@@ -255,14 +268,15 @@ class _Checker:
     def _cut_inputs(self, inputs: Any, visit: Visit) -> Any:
         """Cuts the block of a visit out of the inputs. All padding is NaN."""
         arrays, merge = split_arrays(inputs)
+        fills = (jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else None for x in arrays)
         return merge(
-            cut_block(axes, x, visit, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else None)
-            for axes, x in zip(self._input_axes, arrays, strict=True)
+            jnp.asarray(cut_block(axes, x, visit, fill))
+            for axes, x, fill in zip(self._input_axes, arrays, fills, strict=True)
         )
 
     def _draw_inputs(self, plan: Plan) -> tuple[Stack, Mapping[str, Any]]:
         """Draws inputs for the whole sequence."""
-        call = self._make_stream(plan.capacity)._shape_call(plan.batch, plan.capacity, self._sizes)
+        call = self._make_stream(plan)._shape_call(plan.batch, plan.capacity, self._sizes)
         shapes, merge = split_arrays((call.items, dict(call.context)))
         random = np.random.default_rng(plan.seed)
         inputs: tuple[Stack, Mapping[str, Any]] = merge(_draw(random, x) for x in shapes)
@@ -272,7 +286,7 @@ class _Checker:
 
     def _compare(self, whole: Any, block: Any, axes: Axes, visit: Visit, capacity: int) -> str:
         """Describes where a block differs from its part of the whole; empty if it does not."""
-        expected, found = np.asarray(cut_block(axes, whole, visit)), np.asarray(block)
+        expected, found = cut_block(axes, np.asarray(whole), visit), np.asarray(block)
         if found.shape != expected.shape:
             return _errors.shapes_part(str(expected.shape), str(found.shape))
         rtol = self._get_rtol(expected.dtype)
@@ -311,7 +325,7 @@ class _Checker:
 
     def _find_step_axes(self, plan: Plan) -> Mapping[tuple[int, ...], list[Axes]]:
         """Finds the axes of the outputs of each step."""
-        stream = self._make_stream(plan.capacity)
+        stream = self._make_stream(plan)
         records = [
             {step.position: step.outputs for step in record_run(self._module, call).root.steps()}
             for call in (
@@ -382,18 +396,22 @@ def _init(module: nn.Module, call: CallShapes) -> dict[str, Any]:
 
     variables = dict(_quick_jit(init)([_draw(random, x) for x in shapes]))
     variables["params"] = jax.tree.map(
-        lambda x: x + 0.1 * _draw(random, x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        lambda x: _move_away(random, x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         variables.get("params", {}),
     )
     return variables
 
 
+def _move_away(random: np.random.Generator, x: Any) -> Any:
+    return jnp.asarray(np.asarray(x) + np.asarray(0.1 * _draw(random, x), x.dtype))
+
+
 def _draw(random: np.random.Generator, like: Any) -> Any:
     if jnp.issubdtype(like.dtype, jnp.inexact):
-        return jnp.asarray(random.normal(size=like.shape), like.dtype)
+        return random.normal(size=like.shape).astype(like.dtype)
     if like.dtype == bool:
-        return jnp.asarray(random.random(size=like.shape) < 0.5)  # noqa: PLR2004
-    return jnp.asarray(random.integers(0, 4, size=like.shape), like.dtype)
+        return random.random(size=like.shape) < 0.5  # noqa: PLR2004
+    return random.integers(0, 4, size=like.shape).astype(like.dtype)
 
 
 def _quick_jit(f: Callable[..., Any]) -> Callable[..., Any]:
