@@ -18,6 +18,7 @@ from flax_extra.combinator._cache.cache import COLLECTION
 from flax_extra.combinator._core.arrays import get_key_shape, split_arrays
 from flax_extra.combinator._core.environment import call_site, format_path
 from flax_extra.combinator._core.linen import unfreeze
+from flax_extra.combinator._core.naming import get_name
 from flax_extra.combinator._core.stack import Stack
 from flax_extra.combinator._views.specs import CallShapes, to_shapes
 
@@ -48,7 +49,7 @@ class LayerCall:
         holder = next((call for call in self.around if call.site == self.site), self)
         n_above = len(holder.layer.path)
         inside = tuple(map(str, self.layer.path[n_above:]))
-        return " -> ".join([*(self.site or (type(holder.layer).__name__,)), *inside])
+        return " -> ".join([*(self.site or (get_name(holder.layer),)), *inside])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,20 +104,42 @@ def _find_refusal(call: LayerCall, axes: Axes) -> Refusal | None:
 
 
 def _refuse_conv(call: LayerCall, axes: Axes) -> Refusal | None:
+    size, stride = _get_window(call, axes)
+    if size > 1:
+        return (
+            f"its kernel of {size} steps needs steps that are not in the block",
+            "Use xn.CausalConv, which sees the past alone and remembers it",
+        )
+    if stride > 1:
+        return (
+            f"its stride of {stride} steps starts anew with each block",
+            f"Use xn.CausalConv(kernel_size=1, strides={stride}), which takes whole strides alone",
+        )
+    return None
+
+
+def _refuse_conv_transpose(call: LayerCall, axes: Axes) -> Refusal | None:
+    size, stride = _get_window(call, axes)
+    if max(size, stride) == 1:
+        return None
+    return (
+        f"its kernel of {size} steps and stride of {stride} spread a step over other blocks",
+        "Repeat each step, as jnp.repeat does, and use xn.CausalConv",
+    )
+
+
+def _get_window(call: LayerCall, axes: Axes) -> tuple[int, int]:
+    """Returns the size of the kernel, and the stride, of a convolution along time."""
     layer: Any = call.layer
     name, shape = _get_input(call)
-    sizes = layer.kernel_size
-    kernel = (sizes,) if isinstance(sizes, int) else tuple(sizes)
-    strides = layer.strides if not isinstance(layer.strides, int) else (layer.strides,)
+    kernel, strides = (
+        (n,) if isinstance(n, int) else tuple(n) for n in (layer.kernel_size, layer.strides or 1)
+    )
     first = len(shape) - 1 - len(kernel)
     for index, size in enumerate(kernel):
-        stride = 1 if strides is None else tuple(strides)[min(index, len(strides) - 1)]
-        if first + index in axes[name] and (size > 1 or stride > 1):
-            return (
-                f"its kernel of {size} steps needs steps that are not in the block",
-                "Use xn.CausalConv, which sees the past alone and remembers it",
-            )
-    return None
+        if first + index in axes[name]:
+            return size, strides[min(index, len(strides) - 1)]
+    return 1, 1
 
 
 def _refuse_attention(call: LayerCall, axes: Axes) -> Refusal | None:
@@ -142,9 +164,13 @@ def _refuse_rnn(call: LayerCall, axes: Axes) -> Refusal | None:
 def _refuse_scan(call: LayerCall, axes: Axes) -> Refusal | None:
     layer: Any = call.layer
     n_carry, n_in = layer._n_carry, layer.signature.n_in
-    sequences = [str(index) for index in range(n_carry, n_in)]
-    if not any(axes.get(name) for name in sequences):
-        return None
+    sequences = {str(index): call.arguments[str(index)] for index in range(n_carry, n_in)}
+    if not any(
+        layer.axis % leaf.ndim in axes[name]
+        for name, value in sequences.items()
+        for leaf in jax.tree.leaves(value)
+    ):
+        return None  # it runs over another axis than time
     if layer.reverse:
         return ("it runs from the last step to the first", "Use a scan that runs forward")
     is_held = any(isinstance(outer.layer, Hold) for outer in call.around)
@@ -195,7 +221,7 @@ def _refuse_norm(call: LayerCall, axes: Axes) -> Refusal | None:
 _RULES: Mapping[type[nn.Module], Callable[[LayerCall, Axes], Refusal | None]] = {
     nn.Conv: _refuse_conv,
     nn.ConvLocal: _refuse_conv,
-    nn.ConvTranspose: _refuse_conv,
+    nn.ConvTranspose: _refuse_conv_transpose,
     nn.MultiHeadDotProductAttention: _refuse_attention,
     nn.RNN: _refuse_rnn,
     nn.Bidirectional: _refuse_rnn,
