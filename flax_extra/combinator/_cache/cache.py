@@ -182,7 +182,7 @@ class Cache:
         Raises:
             ValueError: If the state was not recalled before, or has other shapes or dtypes.
         """
-        if name not in self._recalled:
+        if self._decode and name not in self._recalled:
             raise stream_errors.not_recalled(self._name, name)
         if not self.is_streaming:
             return
