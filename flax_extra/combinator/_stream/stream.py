@@ -8,6 +8,7 @@ the state, and of the outputs, is the batch.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import Array
+from jax import Array, export
 
 from flax_extra.combinator._cache.cache import COLLECTION, LOST, check_lengths, is_known
 from flax_extra.combinator._core import stream_errors
@@ -58,6 +59,23 @@ class StreamState:
 
 jax.tree_util.register_dataclass(
     StreamState, data_fields=["cache", "position"], meta_fields=["sizes"]
+)
+
+
+def _pack_sizes(auxiliary: tuple[Any, ...]) -> bytes:
+    return json.dumps(auxiliary).encode()
+
+
+def _unpack_sizes(data: bytes) -> tuple[Any, ...]:
+    (sizes,) = json.loads(data)
+    return (tuple((name, size) for name, size in sizes),)
+
+
+export.register_pytree_node_serialization(
+    StreamState,
+    serialized_name="flax_extra.combinator.StreamState",
+    serialize_auxdata=_pack_sizes,
+    deserialize_auxdata=_unpack_sizes,
 )
 
 
