@@ -259,7 +259,7 @@ CASES: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ),
     (
         "not_recalled",
-        lambda: Cached(lambda cache, x: cache.keep("s", ROWS)).apply({}, X),
+        lambda: init(Cached(lambda cache, x: cache.keep("s", ROWS)), X, decode=True),
         ValueError,
         (
             "Cached keeps a state 's' that it did not recall. Call Cache.recall('s', initial) first: "

@@ -31,13 +31,15 @@ class Attention(nn.Module):
 
     window: int | None = None
     n_heads: int = 2
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x, *, decode=False, lengths=None):
         cache = cb.Cache(self, x, decode=decode, lengths=lengths)
         heads = self.n_heads, x.shape[-1] // self.n_heads
         query, key, value = (
-            nn.DenseGeneral(heads, name=name)(x) for name in ("query", "key", "value")
+            nn.DenseGeneral(heads, dtype=self.dtype, name=name)(x)
+            for name in ("query", "key", "value")
         )
         cache.append("keys", key, window=self.window)
         cache.append("values", value, window=self.window)
@@ -48,19 +50,20 @@ class Attention(nn.Module):
         y = nn.dot_product_attention(
             query, cache.read("keys"), cache.read("values"), mask=mask[:, None]
         )
-        return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), name="out")(y)
+        return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out")(y)
 
 
 class Conv(nn.Module):
     """A causal convolution."""
 
     width: int = 3
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x, *, decode=False, lengths=None):
         cache = cb.Cache(self, x, decode=decode, lengths=lengths)
         steps = cache.extend("past", x, self.width - 1)
-        return nn.Conv(x.shape[-1], (self.width,), padding="VALID")(steps)
+        return nn.Conv(x.shape[-1], (self.width,), padding="VALID", dtype=self.dtype)(steps)
 
 
 class Sum(nn.Module):
@@ -72,7 +75,7 @@ class Sum(nn.Module):
         total = cache.recall("total", jnp.zeros_like(x[:, 0]))
         totals = total[:, None] + jnp.cumsum(x, axis=1)
         cache.keep("total", cache.take_last(totals))
-        return totals * self.param("scale", nn.initializers.ones, ())
+        return totals * self.param("scale", nn.initializers.ones, ()).astype(x.dtype)
 
 
 class Positions(nn.Module):
@@ -98,8 +101,10 @@ class Memory(nn.Module):
         return cache.lose_rows(x + cache.read("memory")[:, None])
 
 
-def make_block(n_heads: int = 2) -> cb.Combinator:
+def make_block(dtype: Any = None) -> cb.Combinator:
     """Makes a block with each kind of memory."""
     return cb.serial(
-        cb.residual(nn.LayerNorm(), Attention(n_heads=n_heads)), cb.residual(Conv()), Sum()
+        cb.residual(nn.LayerNorm(dtype=dtype), Attention(dtype=dtype)),
+        cb.residual(Conv(dtype=dtype)),
+        Sum(),
     )
