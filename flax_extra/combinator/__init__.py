@@ -28,6 +28,7 @@ from flax_extra.combinator._core.signature import Signature
 from flax_extra.combinator._diagram.svg import Diagram, diagram
 from flax_extra.combinator._stream.stream import Stream, StreamState, stream
 from flax_extra.combinator._views.shape_signature import ShapeSignature, shape_signature
+from flax_extra.combinator._views.shardings import ShardingRule, shardings
 from flax_extra.combinator._views.steps import Step
 from flax_extra.combinator._views.summary import Summary, summary
 from flax_extra.combinator._views.typed import Typed, typed
@@ -124,6 +125,9 @@ __all__ = [
     "diagram",
     "Diagram",
     "Step",
+    # more than one device
+    "shardings",
+    "ShardingRule",
     # what they build
     "Combinator",
     "Serial",

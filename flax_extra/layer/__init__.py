@@ -38,6 +38,7 @@ from flax_extra.layer._positional import (
 )
 from flax_extra.layer._recurrent import Recurrent
 from flax_extra.layer._rotary import LinearScaling, Llama3Scaling, RotaryEncoding
+from flax_extra.layer._rules import layer_rules
 
 __all__ = [
     # attention
@@ -79,4 +80,6 @@ __all__ = [
     "MultimodalDecoding",
     # encoding and decoding, for one modality or several
     "io",
+    # more than one device
+    "layer_rules",
 ]

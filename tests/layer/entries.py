@@ -60,8 +60,9 @@ class Entry:
     field_shapes: Mapping[str, Any] | None = None
 
 
-SETTINGS = {"LinearScaling", "Llama3Scaling"}
-"""Public values that configure a layer, and are none: ``tests/layer/test_rotary.py`` has them."""
+SETTINGS = {"LinearScaling", "Llama3Scaling", "layer_rules"}
+"""Public names that are about layers, and are none: ``tests/layer/test_rotary.py`` and
+``tests/layer/test_rules.py`` have them."""
 
 HEADS = {"heads": 2}
 HEADS_ALONE = {"n_heads": 2}

@@ -148,6 +148,7 @@ BEYOND = {
     "RelativePositionBias",
     "RotaryEncoding",
     "interpolate_positions",
+    "layer_rules",
 }
 """Public names that the reference does not have."""
 

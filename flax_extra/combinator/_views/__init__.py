@@ -1,1 +1,1 @@
-"""What is known about a pipeline without running it: shapes, and a summary of its steps."""
+"""What is known without running: shapes, a summary of the steps, where arrays lie."""
