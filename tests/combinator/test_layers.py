@@ -13,6 +13,8 @@ import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from flax_extra import combinator as cb
 
@@ -110,6 +112,58 @@ def test_metadata_gains_and_loses_the_axis() -> None:
     assert singles["params"]["layers_1"]["Dense_0"]["kernel"].names == ("in", "out")
     back = cb.stack_layers(singles, "layers_{}", into="")
     assert back["params"]["Dense_0"]["kernel"].names == kernel.names
+
+
+@pytest.mark.parametrize("name", ["stage", None])
+def test_metadata_has_the_axis_name_of_the_repeat(name: str | None) -> None:
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    variables = cb.repeat(nn.Dense(4, kernel_init=init), 3, axis_name=name).init(KEY, X)
+    singles = cb.unstack_layers(variables, "")
+    back = cb.stack_layers(singles, "layers_{}", into="", axis_name=name)
+    assert back["params"]["Dense_0"]["kernel"].names == (name, "in", "out")
+
+
+def test_metadata_of_a_repeat_within_a_repeat_goes_there_and_back() -> None:
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    inner = cb.repeat(nn.Dense(4, kernel_init=init), 3)
+    variables = cb.repeat(cb.serial(nn.Dense(4, kernel_init=init), inner), 2).init(KEY, X)
+    singles = cb.unstack_layers(variables, "", into="outer_{}")["params"]
+    assert singles["outer_1"]["Dense_0"]["kernel"].names == ("in", "out")
+    assert singles["outer_1"]["Repeat_0"]["Dense_0"]["kernel"].names == ("layers", "in", "out")
+    back = cb.stack_layers({"params": singles}, "outer_{}", into="")
+    assert nn.get_partition_spec(back) == nn.get_partition_spec(variables)
+    kernel = back["params"]["Repeat_0"]["Dense_0"]["kernel"]
+    assert kernel.names == ("layers_1", "layers", "in", "out")
+
+
+@settings(max_examples=10)
+@given(st.sets(st.sampled_from(list(BLOCKS)), min_size=1), st.integers(1, 3), st.booleans())
+def test_abstract_variables_go_the_same_way(blocks: Any, n: int, is_boxed: bool) -> None:
+    """Shapes, dtypes and shardings are those that arrays would have."""
+    repeated = cb.repeat(cb.serial(BLOCKS[name]() for name in sorted(blocks)), n)
+    abstract = jax.eval_shape(repeated.init, KEY, X)
+    mesh = AbstractMesh((2, 2), ("data", "model"))
+    sharded = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), "model"))
+            if leaf.ndim > 1
+            else None,
+        ),
+        abstract,
+    )
+    if is_boxed:
+        sharded = jax.tree.map(lambda leaf: nn.Partitioned(leaf, ("layers",)), sharded)
+    singles = cb.unstack_layers(sharded, "")
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sharded)
+    expected = jax.tree.map(jnp.shape, cb.unstack_layers(zeros, ""))
+    assert jax.tree.map(jnp.shape, singles) == expected
+    for leaf in jax.tree.leaves(singles):
+        assert leaf.ndim == 0 or leaf.sharding.spec == P(*[None] * (leaf.ndim - 1), "model")
+    back = cb.stack_layers(singles, "layers_{}", into="")
+    assert jax.tree.structure(back) == jax.tree.structure(sharded)
+    assert jax.tree.leaves(back) == jax.tree.leaves(sharded)
 
 
 def test_moments_of_an_optimizer_go_the_same_way() -> None:

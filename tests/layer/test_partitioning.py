@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_extra import combinator as cb
+from flax_extra import layer as xn
 from tests.layer.entries import LAYER_ENTRIES, Entry
 from tests.layer.multimodal_entries import MULTIMODAL_ENTRIES
 
@@ -59,6 +60,61 @@ def test_copies_of_a_repeat_add_an_axis_to_the_names(entry: Entry) -> None:
         for layer in (_make_named(entry), cb.repeat(_make_named(entry), 2))
     )
     assert [leaf.names for _, leaf in repeated] == [("layers", *leaf.names) for _, leaf in alone]
+
+
+def test_a_pipeline_is_sharded_by_the_names_of_its_axes() -> None:
+    """Linen's layers and ours, a repeat in a repeat; boxes, specs and shardings agree."""
+
+    def named(*names: str) -> Any:
+        return nn.with_logical_partitioning(nn.initializers.normal(1.0), names)
+
+    attention = xn.SelfAttention(
+        n_heads=2,
+        kernel_init=named("embed", "heads", "kv"),
+        bias_init=named("heads", "kv"),
+        out_kernel_init=named("heads", "embed"),
+        out_bias_init=named("embed"),
+    )
+    feed_forward = xn.FeedForward(
+        widening_factor=2,
+        kernel_init=named("embed", "mlp"),
+        bias_init=named("mlp"),
+        out_kernel_init=named("mlp", "embed"),
+        out_bias_init=named("embed"),
+    )
+    block = cb.serial(
+        cb.residual(cb.fn(attention, mask=None)), cb.repeat(cb.residual(feed_forward), 2)
+    )
+    model = nn.Embed(16, 4, embedding_init=named("vocab", "embed")) >> cb.repeat(block, 3)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 5), int))
+    specs = nn.get_partition_spec(abstract)["params"]
+    outer = specs["Repeat_0"]
+    assert specs["Embed_0"]["embedding"] == PartitionSpec("vocab", "embed")
+    assert outer["SelfAttention_0"]["query"]["kernel"] == PartitionSpec(
+        "layers_1", "embed", "heads", "kv"
+    )
+    assert outer["Repeat_0"]["FeedForward_0"]["Dense_1"]["kernel"] == PartitionSpec(
+        "layers_1", "layers", "mlp", "embed"
+    )
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rules = [
+        *[("layers", None), ("layers_1", None), ("kv", None), ("embed", "data")],
+        *[("vocab", "model"), ("heads", "model"), ("mlp", "model")],
+    ]
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
+    # Rules for the ends of paths say the same.
+    by_path = cb.shardings(abstract, mesh, xn.layer_rules(tensor="model", fsdp="data"))
+
+    def pad(sharding: NamedSharding, leaf: Any) -> tuple[Any, ...]:
+        return (*sharding.spec, *[None] * (jnp.ndim(nn.unbox(leaf)) - len(sharding.spec)))
+
+    flat = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=_is_box)
+    pairs = zip(jax.tree.leaves(shardings), jax.tree.leaves(by_path), strict=True)
+    for (path, leaf), (by_name, found) in zip(flat, pairs, strict=True):
+        if jnp.ndim(nn.unbox(leaf)) > 3 or "embedding" in jax.tree_util.keystr(path):
+            assert pad(by_name, leaf) == pad(found, leaf), path
+    made = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0), jnp.zeros((1, 5), int))
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, abstract)
 
 
 @every_entry

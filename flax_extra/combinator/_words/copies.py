@@ -15,16 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_extra.combinator._core import errors
 from flax_extra.combinator._core.describe import describe_item
-from flax_extra.combinator._words.loop import LAYERS_AXIS
+from flax_extra.combinator._words.loop import LAYERS_AXIS, number_axis
 
 Tree: TypeAlias = Mapping[str, Any]
 Key: TypeAlias = tuple[str, ...]
-
-AXIS_METADATA = {nn.PARTITION_NAME: LAYERS_AXIS}
-"""How partitioning metadata names the axis of the copies."""
 
 
 def unstack_layers(variables: Tree, path: str, into: str = "layers_{}") -> dict[str, Any]:
@@ -32,13 +30,13 @@ def unstack_layers(variables: Tree, path: str, into: str = "layers_{}") -> dict[
 
     Args:
         variables: the collections that ``init`` returns. Those of a ``repeat`` have a leading axis
-            with one entry for each copy.
+            with one entry for each copy. A ``jax.ShapeDtypeStruct`` may stand for an array.
         path: the scope of the ``repeat``, such as ``"encoder/Repeat_0"``; ``""`` if it is the whole
             model.
         into: the names of the scopes that take its place; ``{}`` stands for the number.
 
     Returns:
-        The variables in the new form. Partitioning metadata loses the axis ``"layers"``.
+        The variables in the new form. Partitioning metadata loses the axis of the copies.
 
     Raises:
         ValueError: If there are no variables at the path, their leading axes differ, ``into`` has
@@ -93,18 +91,23 @@ def unstack_layers(variables: Tree, path: str, into: str = "layers_{}") -> dict[
     return apart
 
 
-def stack_layers(variables: Tree, layers: str, into: str) -> dict[str, Any]:
+def stack_layers(
+    variables: Tree, layers: str, into: str, *, axis_name: str | None = LAYERS_AXIS
+) -> dict[str, Any]:
     """Stacks the variables of copies that have a scope each, for a ``repeat``.
 
     Args:
-        variables: the collections that ``init`` returns.
+        variables: the collections that ``init`` returns. A ``jax.ShapeDtypeStruct`` may stand for
+            an array.
         layers: the scopes of the copies, such as ``"encoder/layers_{}"``; ``{}`` stands for the
             number, counted from 0.
         into: the name of the scope that takes their place, such as ``"Repeat_0"``; ``""`` if the
             ``repeat`` is the whole model.
+        axis_name: the ``axis_name`` of the ``repeat``: partitioning metadata gains an axis of that
+            name, with a number if the copies have one so named, as with :func:`repeat`.
 
     Returns:
-        The variables in the new form. Partitioning metadata gains the axis ``"layers"``.
+        The variables in the new form.
 
     Raises:
         ValueError: If there is no such scope, a number is missing, two copies differ in names,
@@ -127,8 +130,7 @@ def stack_layers(variables: Tree, layers: str, into: str) -> dict[str, Any]:
     flat = {collection: _flatten(tree) for collection, tree in variables.items()}
     numbered = re.compile(re.escape(name).replace(re.escape("{}"), "(0|[1-9][0-9]*)"))
     target = (*parent, into) if into else tuple(parent)
-    stacked: dict[str, Any] = {}
-    n_found = 0
+    parts: dict[str, Any] = {}
     for collection, leaves in flat.items():
         kept: dict[Key, Any] = {}
         copies: dict[Key, dict[int, Any]] = {}
@@ -139,13 +141,22 @@ def stack_layers(variables: Tree, layers: str, into: str) -> dict[str, Any]:
                 kept[key] = leaf
             else:
                 copies.setdefault(key[depth + 1 :], {})[int(match[1])] = leaf
-        n_found += len(copies)
+        parts[collection] = kept, copies
+    if not any(copies for _, copies in parts.values()):
+        raise errors.no_such_scope("stack_layers", layers, _list_scopes(flat))
+    boxes = [
+        box for _, copies in parts.values() for each in copies.values() for box in each.values()
+    ]
+    axis_name = number_axis(
+        axis_name, [name for box in boxes for name in getattr(box, "names", ())]
+    )
+    stacked: dict[str, Any] = {}
+    for collection, (kept, copies) in parts.items():
         together = {
-            (*target, *rest): _stack_copies(layers, rest, each) for rest, each in copies.items()
+            (*target, *rest): _stack_copies(layers, rest, each, axis_name)
+            for rest, each in copies.items()
         }
         stacked[collection] = _merge("stack_layers", into, kept, together)
-    if not n_found:
-        raise errors.no_such_scope("stack_layers", layers, _list_scopes(flat))
     return stacked
 
 
@@ -184,10 +195,12 @@ def _count_copies(path: str, stacked: Mapping[Key, Any]) -> int:
 
 def _take_copy(leaf: Any, i: int) -> Any:
     """Takes one of the copies. Its metadata loses the axis."""
-    return nn.meta.remove_axis(jax.tree.map(lambda x: x[i], leaf), 0, AXIS_METADATA)
+    taken = jax.tree.map(lambda x: _take(x, i), leaf)
+    first_name = next(iter(getattr(leaf, "names", ())), None)
+    return nn.meta.remove_axis(taken, 0, {nn.PARTITION_NAME: first_name})
 
 
-def _stack_copies(layers: str, rest: Key, copies: Mapping[int, Any]) -> Any:
+def _stack_copies(layers: str, rest: Key, copies: Mapping[int, Any], axis_name: str | None) -> Any:
     """Stacks all copies. Their metadata gains the axis."""
     name = "/".join(rest)
     missing = [i for i in range(max(copies) + 1) if i not in copies]
@@ -198,7 +211,34 @@ def _stack_copies(layers: str, rest: Key, copies: Mapping[int, Any]) -> Any:
     for i, kind in enumerate(kinds):
         if kind != kinds[0]:
             raise errors.different_copies(layers, name, kinds[0], i, kind)
-    return nn.meta.add_axis(jax.tree.map(lambda *x: jnp.stack(x), *leaves), 0, AXIS_METADATA)
+    return nn.meta.add_axis(jax.tree.map(_stack, *leaves), 0, {nn.PARTITION_NAME: axis_name})
+
+
+def _take(stacked: Any, i: int) -> Any:
+    if not isinstance(stacked, jax.ShapeDtypeStruct):
+        return stacked[i]
+    sharding = stacked.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, _spec(*sharding.spec[1:]))
+    return _struct(stacked.shape[1:], stacked.dtype, sharding)
+
+
+def _stack(*copies: Any) -> Any:
+    first = copies[0]
+    if not isinstance(first, jax.ShapeDtypeStruct):
+        return jnp.stack(copies)
+    sharding = first.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, _spec(None, *sharding.spec))
+    return _struct((len(copies), *first.shape), first.dtype, sharding)
+
+
+def _struct(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # type: ignore[no-untyped-call]
+
+
+def _spec(*entries: Any) -> PartitionSpec:
+    return PartitionSpec(*entries)  # type: ignore[no-untyped-call]
 
 
 def _check_numbered(asked: str, name: str, value: str) -> None:

@@ -362,3 +362,11 @@ def _drop(index: int, x: Any, axis: int = 0) -> Any:
     """Drops the first or the last entry of an axis."""
     start = 1 if index == 0 else 0
     return jax.lax.slice_in_dim(x, start, start + x.shape[axis] - 1, axis=axis)
+
+
+def number_axis(name: str | None, taken: Iterable[str]) -> str | None:
+    """Makes the name of an axis different from those of the axes that it is stacked upon."""
+    others = set(taken)
+    if name is None or name not in others:
+        return name
+    return next(f"{name}_{i}" for i in range(1, len(others) + 1) if f"{name}_{i}" not in others)

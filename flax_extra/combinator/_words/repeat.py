@@ -19,7 +19,7 @@ from flax_extra.combinator._words.lift import (
     check_policy,
     rematerialize,
 )
-from flax_extra.combinator._words.loop import LAYERS_AXIS, Loop
+from flax_extra.combinator._words.loop import LAYERS_AXIS, Loop, number_axis
 
 
 class Repeat(Lifted):
@@ -34,10 +34,7 @@ class Repeat(Lifted):
     @static_property
     def _axis_name(self) -> str | None:
         """The name of its axis, made different from those of the repeats in it."""
-        name, taken = self.axis_name, set(_list_axis_names(self.children))
-        if name is None or name not in taken:
-            return name
-        return next(f"{name}_{i}" for i in range(1, len(taken) + 1) if f"{name}_{i}" not in taken)
+        return number_axis(self.axis_name, _list_axis_names(self.children))
 
     @static_property
     def _stacks_parameters(self) -> bool:
