@@ -9,9 +9,11 @@ PYTEST := $(BIN)/python -m pytest --fail-on-skip
 PARALLEL := --numprocesses auto --dist worksteal
 ALL := $(PARALLEL) --ignore tests/parity --ignore tests/mesh
 FAST := flax_extra tests $(ALL) --ignore tests/benchmarks --ignore tests/examples
+ON_MESH := JAX_PLATFORMS=cpu $(BIN)/python docs/examples/train_on_a_mesh.py
+MESH_PORT ?= 12355
 
 .DEFAULT_GOAL := help
-.PHONY: help demo perceiver test test-fast slow-tests parity bench check format release-check dev clean
+.PHONY: help demo perceiver mesh test test-fast slow-tests parity bench check format release-check dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +23,11 @@ demo: $(VENV)/installed-demo ## train the digits autoencoder and draw what it re
 
 perceiver: $(VENV)/installed-perceiver ## train a language model on Python's own library and fill in masks
 	$(BIN)/python docs/examples/perceiver_mlm.py
+
+mesh: $(VENV)/installed-perceiver ## train on a mesh of 8 devices, made of the processor, then on two processes of 4
+	JAX_NUM_CPU_DEVICES=8 $(ON_MESH) --mesh 4 2 --fsdp --checkpoints build/mesh_of_one_process
+	JAX_NUM_CPU_DEVICES=4 $(ON_MESH) --cluster localhost:$(MESH_PORT) 2 1 --checkpoints build/mesh_of_two & \
+	JAX_NUM_CPU_DEVICES=4 $(ON_MESH) --cluster localhost:$(MESH_PORT) 2 0 --checkpoints build/mesh_of_two && wait $$!
 
 test: $(VENV)/installed-test ## run the tests and every example in the docs
 	$(PYTEST) $(ALL)
