@@ -52,8 +52,7 @@ class Recipe:
 
     def model(self) -> cb.Combinator:
         """A decoder of bytes: for each position, logits of the next byte."""
-        mask = np.tril(np.ones((1, self.n_positions, self.n_positions), bool))
-        layers = cb.fn(xn.SelfAttention(n_heads=8), mask=mask), xn.FeedForward(4)
+        layers = cb.fn(xn.SelfAttention(n_heads=8, causal=True), mask=None), xn.FeedForward(4)
         block = cb.serial(cb.residual(nn.LayerNorm(), f) for f in layers)
         positions = functools.partial(
             xn.TrainablePositionalEncoding, self.n_positions, self.d_model

@@ -78,6 +78,8 @@ _AXES = {
     # Attention: kernels of features x heads x features of a head, and out of all heads x features.
     r"(query|key|value)/kernel": ("fsdp", "tensor", ""),
     r"(query|key|value)/bias": ("tensor", ""),
+    # A bias of the logits: buckets x heads.
+    r"(position_bias|RelativePositionBias_\d+)/bias": ("", "tensor"),
     # FeedForward: kernels of features x hidden, then of hidden x features.
     r"(gate|up|FeedForward_\d+/Dense_0)/kernel": ("fsdp", "tensor"),
     r"(gate|up|FeedForward_\d+/Dense_0)/bias": ("tensor",),

@@ -36,8 +36,8 @@ def mesh_of(*shape: int) -> Mesh:
 
 
 def decoder(n_layers: int) -> cb.Combinator:
-    mask = np.tril(np.ones((1, TIME, TIME), bool))
-    attention = cb.residual(nn.LayerNorm(), cb.fn(xn.SelfAttention(n_heads=8), mask=mask))
+    layer = cb.fn(xn.SelfAttention(n_heads=8, causal=True), mask=None)
+    attention = cb.residual(nn.LayerNorm(), layer)
     block = attention >> cb.residual(nn.LayerNorm(), xn.FeedForward(HIDDEN // FEATURES))
     return cb.serial(
         cb.fn(jax.lax.with_sharding_constraint, shardings=P("data")), cb.repeat(block, n_layers)
