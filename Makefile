@@ -7,13 +7,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest --fail-on-skip
 PARALLEL := --numprocesses auto --dist worksteal
-ALL := $(PARALLEL) --ignore tests/parity --ignore tests/mesh
+ALL := $(PARALLEL) --ignore tests/parity --ignore tests/mesh --ignore tests/docs
 FAST := flax_extra tests $(ALL) --ignore tests/benchmarks --ignore tests/examples
 ON_MESH := JAX_PLATFORMS=cpu $(BIN)/python docs/examples/train_on_a_mesh.py
 MESH_PORT ?= 12355
 
 .DEFAULT_GOAL := help
-.PHONY: help demo perceiver mesh test test-fast slow-tests parity bench check format release-check dev clean
+.PHONY: help demo perceiver mesh test test-fast slow-tests parity docs docs-test bench check format release-check dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ slow-tests: $(VENV)/installed-test ## measure which tests test-fast leaves out, 
 parity: $(VENV)/installed-parity ## compare the layers with torch, the Perceivers with transformers
 	$(PYTEST) tests/parity
 
+docs: $(VENV)/installed-docs ## build the documentation site in build/docs/html; its pages run
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs/html
+
+docs-test: docs ## test the site: all names are in it, and Chromium opens it without an error
+	$(PYTEST) docs/_ext tests/docs
+
 bench: $(VENV)/installed-bench ## measure speed against what people use today, and write docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks --page docs/benchmarks.md
 
@@ -63,7 +69,7 @@ dev: $(VENV)/installed-dev ## install everything for working on the library, and
 	$(BIN)/pre-commit install
 
 clean: ## remove the environment and what was generated
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/reference .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'flax_extra needs Python 3.11 or newer; got ' + sys.version.split()[0] + '. Say which: make PYTHON=python3.12')"

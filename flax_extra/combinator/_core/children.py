@@ -229,6 +229,10 @@ class Children:
     def __getitem__(self, index: int) -> Child:
         return self.items[index]
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Callable[..., Any]) -> Any:
+        """Shows the callables as a list, for treescope, which displays modules of linen."""
+        return subtree_renderer([child.target for child in self.items], path=None)
+
     def modules(self) -> Iterator[nn.Module]:
         """The linen modules that the enclosing scope names, in the order of the expression."""
         for child in self.items:

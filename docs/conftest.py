@@ -1,0 +1,7 @@
+"""Which Python files of the site are no tests."""
+
+import importlib.util
+
+collect_ignore = ["conf.py"]
+if importlib.util.find_spec("sphinx") is None:  # the extra `docs` brings it
+    collect_ignore += ["_ext"]
