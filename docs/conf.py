@@ -42,6 +42,7 @@ html_title = "flax_extra"
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["diagrams.css", "site.css"]
+html_js_files = ["site.js"]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options: dict[str, Any] = {
