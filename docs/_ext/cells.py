@@ -24,6 +24,9 @@ from sphinx.util import logging
 
 LOGGER = logging.getLogger(__name__)
 FLAGS = doctest.NORMALIZE_WHITESPACE
+ERROR = re.compile(r"Traceback \(most recent call last\):\n(?:[ ].*\n)*(?P<text>\S.*)\Z", re.DOTALL)
+"""An error as Python prints it: frames are indented, the message is not."""
+
 DIRECTIVE = re.compile(r"[ ]*# doctest:.*")
 
 
@@ -33,6 +36,7 @@ class Notebook(doctest.DocTestRunner):
     def __init__(self) -> None:
         super().__init__(verbose=False, optionflags=FLAGS)
         self.displays: dict[int, str] = {}
+        self.errors: dict[int, str] = {}
         self.failures_found: list[tuple[int, str]] = []
         self._index = -1
 
@@ -47,8 +51,12 @@ class Notebook(doctest.DocTestRunner):
                 self.displays[self._index] = getattr(value, method)()
                 return
 
-    def report_success(self, *_: Any) -> None:
-        """Nothing is to be said."""
+    def report_success(
+        self, out: Any, test: doctest.DocTest, example: doctest.Example, got: str
+    ) -> None:
+        error = ERROR.search(got)
+        if example.exc_msg and error:
+            self.errors[self._index] = error["text"]
 
     def report_failure(
         self, out: Any, test: doctest.DocTest, example: doctest.Example, got: str
@@ -74,10 +82,9 @@ def run_page(path: Path) -> Notebook:
 def make_cells(app: Sphinx, document: nodes.document) -> None:
     """Replaces the examples of a page by cells."""
     path = Path(app.env.doc2path(app.env.docname))
-    displays: dict[int, str] = {}
+    notebook = Notebook()
     if path.suffix == ".md":
         notebook = run_page(path)
-        displays = notebook.displays
         for line, text in notebook.failures_found:
             LOGGER.warning("%s", text, location=(app.env.docname, line), type="cells")
     index = 0
@@ -85,13 +92,13 @@ def make_cells(app: Sphinx, document: nodes.document) -> None:
         is_code = isinstance(block, nodes.literal_block | nodes.doctest_block)
         if is_code and block.astext().lstrip().startswith(">>>"):
             examples = doctest.DocTestParser().get_examples(block.astext())
-            cells = list(_make_cells(examples, index, displays))
+            cells = list(_make_cells(examples, index, notebook))
             index += len(examples)
             block.parent.replace(block, cells)
 
 
 def _make_cells(
-    examples: list[doctest.Example], index: int, displays: dict[int, str]
+    examples: list[doctest.Example], index: int, notebook: Notebook
 ) -> Iterator[nodes.Node]:
     """Makes cells of the examples in a block. Those without an output share one."""
     code, end = "", 0
@@ -101,16 +108,17 @@ def _make_cells(
         code += DIRECTIVE.sub("", example.source)
         end = example.lineno + len(example.source.splitlines())
         is_last = place == index + len(examples) - 1
-        if not (example.want or is_last or place in displays):
+        if not (example.want or is_last or place in notebook.displays):
             continue
         cell = nodes.container(classes=["cell"])
         cell += _make_block(code, "python", "cell-code")
         code = ""
-        if place in displays:
-            cell += nodes.raw("", _wrap(displays[place]), format="html")
+        if place in notebook.displays:
+            cell += nodes.raw("", _wrap(notebook.displays[place]), format="html")
         elif example.want:
             language = "pytb" if example.exc_msg else "text"
-            cell += _make_block(_format_output(example.want), language, "cell-output")
+            output = notebook.errors.get(place) or _format_output(example.want)
+            cell += _make_block(output, language, "cell-output")
         yield cell
 
 

@@ -35,6 +35,15 @@ OPERATORS = ("__call__", "__getitem__", "__rshift__", "__matmul__", "__and__")
 NAPOLEON = Config(napoleon_use_ivar=True, napoleon_use_rtype=False)
 
 
+class Docstring(GoogleDocstring):
+    """A docstring whose ``Returns:`` is text: the signature has the type."""
+
+    def _consume_returns_section(
+        self, preprocess_types: bool = False
+    ) -> list[tuple[str, str, list[str]]]:
+        return [("", "", self._dedent(self._consume_to_next_section()))]
+
+
 def write_page(package: Package, name: str) -> str:
     """Writes the page of a public name."""
     value = getattr(package.module, name)
@@ -150,7 +159,7 @@ def _write_origin(package: Package, name: str) -> str:
 
 
 def _write_object(kind: str, signature: str, text: str) -> str:
-    docstring = str(GoogleDocstring(text, NAPOLEON, what=kind))
+    docstring = str(Docstring(text, NAPOLEON, what=kind))
     return f".. py:{kind}:: {signature}\n\n{textwrap.indent(docstring, '   ')}"
 
 
