@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 from docutils import nodes
+from hypothesis import settings
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
@@ -138,7 +139,9 @@ def _wrap(display: str) -> str:
 
 
 def use_settings_of_tests(app: Sphinx) -> None:
-    """Runs pages with the settings that conftest.py makes for pytest."""
+    """Runs pages with the settings that conftest.py makes for pytest; what is drawn is the same."""
+    settings.register_profile("site", derandomize=True, deadline=None)
+    settings.load_profile("site")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_traceback_filtering", "off")
     jax.config.update("jax_compilation_cache_dir", str(Path(app.outdir).parent / "jax-cache"))
