@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import doctest
 import io
+import platform
 import re
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from docutils import nodes
 from hypothesis import settings
 from sphinx.application import Sphinx
 from sphinx.util import logging
+
+from sources import ROOT
 
 LOGGER = logging.getLogger(__name__)
 FLAGS = doctest.NORMALIZE_WHITESPACE
@@ -139,12 +142,14 @@ def _wrap(display: str) -> str:
 
 
 def use_settings_of_tests(app: Sphinx) -> None:
-    """Runs pages with the settings that conftest.py makes for pytest; what is drawn is the same."""
+    """Runs pages with the settings of the tests, and with the programs that they compiled."""
     settings.register_profile("site", derandomize=True, deadline=None)
     settings.load_profile("site")
+    cache = ROOT / ".pytest_cache" / "d" / f"jax-{platform.node()}"  # as conftest.py names it
+    cache.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_traceback_filtering", "off")
-    jax.config.update("jax_compilation_cache_dir", str(Path(app.outdir).parent / "jax-cache"))
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
