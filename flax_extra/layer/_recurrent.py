@@ -74,9 +74,17 @@ class Recurrent(nn.Module):
         """The signature with ``return_state``; without it, the annotations say it."""
         if not self.return_state:
             return None
+        return cb.Signature(1, 1 + len(_flatten_tuples(self._carry_shape)))
+
+    @property
+    def in_shapes(self) -> dict[str, Any]:
+        """How the items of ``initial_state`` are grouped if they are inputs from the stack."""
+        return {"initial_state": _get_nesting(self._carry_shape)}
+
+    @property
+    def _carry_shape(self) -> Any:
         input_shape = (1,) * (1 + self.cell.num_feature_axes)
-        carry = jax.eval_shape(lambda: self.cell.initialize_carry(jax.random.key(0), input_shape))
-        return cb.Signature(1, 1 + len(_flatten_tuples(carry)))
+        return jax.eval_shape(lambda: self.cell.initialize_carry(jax.random.key(0), input_shape))
 
     @nn.nowrap
     def initial_state(self, inputs: Float[Array, "batch time *features"]) -> Any:
@@ -205,6 +213,11 @@ def _take_last(outputs: Array, lengths: Array | None, reverse: bool) -> Array:
     is_last = jnp.arange(time)[None, :] == jnp.asarray(lengths)[:, None] - 1
     is_last = jnp.expand_dims(is_last, range(2, outputs.ndim))
     return jnp.where(is_last, outputs, 0).sum(1, dtype=outputs.dtype)
+
+
+def _get_nesting(carry: Any) -> tuple[Any, ...]:
+    """Returns the grouping of a carry into items: a tuple groups, anything else is one item."""
+    return tuple(map(_get_nesting, carry)) if type(carry) is tuple else ()
 
 
 def _flatten_tuples(carry: Any) -> tuple[Any, ...]:

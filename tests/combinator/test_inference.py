@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 import typing
 from typing import Annotated, Any, NamedTuple, NewType, NoReturn
 
@@ -292,6 +293,67 @@ class TestFn:
     def test_what_does_not_fit_is_refused(self, build, error, message):
         with pytest.raises(error, match=message):
             build()
+
+
+class Declared:
+    """Says its signature itself, and has parameters beyond it."""
+
+    signature = cb.Signature(1, 1)
+
+    def __call__(self, x, scale=1, *, pair: tuple[int, int] | None = None, shift):
+        return [x, scale, pair, shift]
+
+
+class Grouped(Declared):
+    """Says how items are grouped where no annotation says it."""
+
+    in_shapes = {"scale": ((), ((), ())), "pair": "no nesting"}  # noqa: RUF012
+
+
+class TestADeclaredSignature:
+    """It can be asked for more inputs: the parameters beyond it, in their order."""
+
+    def test_parameters_beyond_it_become_inputs(self):
+        f = Declared()
+        assert cb.fn(f, n_in=5)(1, 2, 3, 4, 5) == [1, 2, (3, 4), 5]
+        assert cb.fn(f, n_in=2)(1, 2, shift=5) == [1, 2, None, 5]
+        assert cb.fn(f, n_in=3, scale=9)(1, 3, 4, shift=5) == [1, 9, (3, 4), 5]
+        assert cb.fn(f, n_in=2, scale=9, pair=None)(1, 5) == [1, 9, None, 5]
+        assert cb.fn(f, n_in=1)(1, scale=2, shift=5) == [1, 2, None, 5]
+
+    def test_they_are_no_context_any_more(self):
+        assert cb.fn(Declared()).keywords == {"scale", "pair", "shift"}
+        assert cb.fn(Declared(), n_in=2).keywords == {"pair", "shift"}
+        assert cb.fn(Declared(), n_in=5).keywords == frozenset()
+        with pytest.raises(cb.SignatureError, match="but Declared takes it off the stack"):
+            cb.fn(cb.serial(cb.fn(Declared(), n_in=2)), scale=2)
+
+    def test_a_class_may_say_how_items_are_grouped(self):
+        f = cb.fn(Grouped(), n_in=7)
+        assert f.signature.in_shape == ((), ((), ((), ())), ((), ()), ())
+        assert f(1, 2, 3, 4, 5, 6, 7) == [1, (2, (3, 4)), (5, 6), 7]
+
+    @pytest.mark.parametrize(
+        ("f", "n_in", "message"),
+        [
+            (Declared(), 0, "cb.fn(f, n_in=0) contradicts Declared, whose signature has n_in=1."),
+            (Declared(), 3, "cb.fn(f, n_in=3): Declared takes 1 to 5 items off the stack."),
+            (Declared(), 6, "cb.fn(f, n_in=6): Declared takes 1 to 5 items off the stack."),
+            (Grouped(), 2, "cb.fn(f, n_in=2): Grouped takes 1 to 7 items off the stack."),
+            (cb.swap(), 3, "cb.fn(f, n_in=3) contradicts swap, whose signature has n_in=2."),
+        ],
+    )
+    def test_numbers_that_do_not_fit_are_refused(self, f, n_in, message):
+        with pytest.raises(cb.SignatureError, match=re.escape(message)):
+            cb.fn(f, n_in=n_in)
+
+    def test_items_of_a_tuple_are_not_given_to_variadic_parameters(self):
+        def f(a, b: tuple[int, int] = (0, 0), *rest):
+            return [a, b, rest]
+
+        assert cb.fn(f, n_in=4)(1, 2, 3, 4) == [1, (2, 3), (4,)]
+        with pytest.raises(cb.SignatureError, match="takes at least 1 item"):
+            cb.fn(f, n_in=2)
 
 
 class TestSignature:

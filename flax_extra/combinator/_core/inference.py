@@ -34,7 +34,7 @@ from flax_extra.combinator._core.hints import (
     read_optional_nesting,
 )
 from flax_extra.combinator._core.naming import get_name, is_combinator
-from flax_extra.combinator._core.signature import Nesting, Signature, count_items
+from flax_extra.combinator._core.signature import Nesting, Signature, count_items, is_nesting
 
 NOTHING_FIXED: Mapping[str, Any] = {}
 NO_KEYWORDS: frozenset[str] = frozenset()
@@ -100,7 +100,9 @@ def infer_signature(f: Callable[..., Any]) -> Signature:
     its type hints. In a Python signature, the inputs are the positional parameters without a
     default; a parameter annotated ``tuple[A, B]`` is several items, regrouped before the call. The
     outputs are one item, or as many as a ``tuple[...]`` return annotation has, or none if the
-    return annotation is ``None``. A keyword-only parameter is context, not an input.
+    return annotation is ``None``. A keyword-only parameter is context, not an input. If a field of
+    a class decides how the items of a parameter are grouped, an attribute ``in_shapes`` can say it:
+    it maps names of parameters to groupings, as in ``Signature.in_shape``.
 
     Args:
         f: a function, a linen module, a combinator or any other callable.
@@ -171,13 +173,15 @@ def _use_declared(
     n_out: int | None,
     fixed: Mapping[str, Any],
 ) -> CallSpec:
+    has_parameters = not is_combinator(f) and _get_declared_signature(f) is not None
+    parameters = list((_get_parameters(f) or {}).values()) if has_parameters else []
+    takes_more = has_parameters and n_in is not None and n_in > declared.n_in
     for name, asked, known in (("n_in", n_in, declared.n_in), ("n_out", n_out, declared.n_out)):
-        if asked is not None and asked != known:
+        if asked is not None and asked != known and not (name == "n_in" and takes_more):
             raise errors.contradicted(get_name(f), name, asked, known)
     optional = required = NO_KEYWORDS
     takes_any = False
-    if not is_combinator(f) and _get_declared_signature(f) is not None:
-        parameters = (_get_parameters(f) or {}).values()
+    if has_parameters:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         optional = frozenset(p.name for p in parameters if _takes_keyword(p) and _has_default(p))
         required = frozenset(
@@ -186,13 +190,40 @@ def _use_declared(
         for name in fixed:
             if name not in optional | required and not takes_any:
                 raise errors.unknown_fixed(get_name(f), name, optional | required)
+    more, shapes = [], ()
+    if n_in is not None and takes_more:
+        free = [p for p in parameters[len(declared.in_shape) :] if p.name not in fixed]
+        more, shapes = _add_inputs(f, free, declared, n_in)
+    taken = {p.name for p in more} | fixed.keys()
     return CallSpec(
-        declared,
-        optional.difference(fixed),
-        required.difference(fixed),
-        (None,) * len(declared.in_shape),
+        Signature(
+            declared.n_in + sum(map(count_items, shapes)),
+            declared.n_out,
+            in_shape=(*declared.in_shape, *shapes),
+        ),
+        optional - taken,
+        required - taken,
+        (*(None,) * len(declared.in_shape), *(p.name for p in more)),
+        parameters=tuple(p.name for p in more),
         takes_any=takes_any,
     ).bind_context(fixed)
+
+
+def _add_inputs(
+    f: Callable[..., Any], free: Sequence[inspect.Parameter], declared: Signature, n_in: int
+) -> tuple[list[inspect.Parameter], Nesting]:
+    """Assigns the items beyond a declared signature to the parameters that it leaves free.
+
+    A mode, such as ``decode: bool``, is no item.
+    """
+    scope = AnnotationScope(f)
+    candidates = [p for p in free if _takes_keyword(p) and not _is_mode(p, scope)]
+    shapes = [_read_optional(f, p, scope) for p in candidates]
+    most = declared.n_in + sum(map(_count_or_one, shapes))
+    inputs, in_shape, left = _take_in_order(candidates, shapes, n_in - declared.n_in)
+    if left:
+        raise errors.wrong_n_in(get_name(f), n_in, declared.n_in, most)
+    return inputs, in_shape
 
 
 def _read_python_signature(
@@ -312,9 +343,7 @@ def _assign_items(
     candidates = [*positional, *by_keyword]
     n_required = sum(not _has_default(p) for p in positional)
     shapes = [
-        read_nesting(p.annotation, scope)
-        if index < n_required
-        else read_optional_nesting(p.annotation, scope)
+        read_nesting(p.annotation, scope) if index < n_required else _read_optional(f, p, scope)
         for index, p in enumerate(candidates)
     ]
     least = sum(count_items(s) for s in shapes[:n_required] if isinstance(s, tuple))
@@ -324,19 +353,10 @@ def _assign_items(
         raise errors.wrong_n_in(get_name(f), n_in, least + len(of_any_length), most)
     if of_any_length:
         shapes[of_any_length[0]] = ((),) * (n_in - least)
-    inputs: list[inspect.Parameter] = []
-    in_shape: list[Nesting] = []
-    left = n_in
-    for parameter, shape in zip(candidates, shapes, strict=True):
-        if left == 0 and len(inputs) >= n_required:
-            break
-        size = _count_or_one(shape)
-        if size > left:
-            raise errors.wrong_n_in(get_name(f), n_in, least, most)
-        inputs.append(parameter)
-        in_shape.append(shape if isinstance(shape, tuple) else ())
-        left -= size
-    if left and not is_variadic:
+    inputs, in_shape, left = _take_in_order(candidates, shapes, n_in, n_required)
+    # What is left goes to *args, which come after all positional parameters.
+    is_short = len(inputs) < (len(candidates) if left and is_variadic else n_required)
+    if is_short or (left and not is_variadic):
         raise errors.wrong_n_in(get_name(f), n_in, least, most)
     return inputs, (*in_shape, *((),) * left)
 
@@ -344,6 +364,42 @@ def _assign_items(
 def _is_mode(parameter: inspect.Parameter, scope: AnnotationScope) -> bool:
     annotation = scope.resolve(parameter.annotation)
     return annotation is bool or set(typing.get_args(annotation)) == {bool, types.NoneType}
+
+
+def _take_in_order(
+    candidates: Sequence[inspect.Parameter],
+    shapes: Sequence[Nesting | NoNesting],
+    n_items: int,
+    n_required: int = 0,
+) -> tuple[list[inspect.Parameter], Nesting, int]:
+    """Gives items to parameters in order, as long as they suffice.
+
+    Returns the parameters, the nesting of their items, and how many items are left.
+    """
+    inputs: list[inspect.Parameter] = []
+    in_shape: list[Nesting] = []
+    for parameter, shape in zip(candidates, shapes, strict=True):
+        size = _count_or_one(shape)
+        if size > n_items or (n_items == 0 and len(inputs) >= n_required):
+            break
+        inputs.append(parameter)
+        in_shape.append(shape if isinstance(shape, tuple) else ())
+        n_items -= size
+    return inputs, tuple(in_shape), n_items
+
+
+def _read_optional(
+    f: Callable[..., Any], parameter: inspect.Parameter, scope: AnnotationScope
+) -> Nesting | NoNesting:
+    """Reads the nesting of an optional parameter that becomes an input.
+
+    A layer whose annotations cannot say it, because a field decides, has a mapping ``in_shapes``.
+    """
+    declared = get_attribute(f, "in_shapes")
+    nesting = declared.get(parameter.name) if isinstance(declared, Mapping) else None
+    if nesting is not None and is_nesting(nesting):
+        return nesting
+    return read_optional_nesting(parameter.annotation, scope)
 
 
 def _count_or_one(shape: Nesting | NoNesting) -> int:

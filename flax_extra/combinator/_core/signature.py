@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from flax_extra.combinator._core import errors
 
@@ -64,7 +64,7 @@ class Signature:
                 raise errors.too_many_items("Signature", name, MAX_ITEMS, value)
         if self.in_shape == ():
             object.__setattr__(self, "in_shape", ((),) * self.n_in)
-        if not _is_nesting(self.in_shape):
+        if not is_nesting(self.in_shape):
             raise errors.bad_signature(text, "in_shape is not made of tuples")
         n_items = sum(map(count_items, self.in_shape))
         if n_items != self.n_in:
@@ -127,5 +127,6 @@ def count_items(nesting: Nesting) -> int:
     return sum(map(count_items, nesting)) if nesting else 1
 
 
-def _is_nesting(value: object) -> bool:
-    return type(value) is tuple and all(map(_is_nesting, value))
+def is_nesting(value: object) -> TypeGuard[Nesting]:
+    """Whether a value is made of tuples alone."""
+    return type(value) is tuple and all(map(is_nesting, value))

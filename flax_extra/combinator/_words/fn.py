@@ -62,8 +62,9 @@ def fn(
     Args:
         f: any callable: a function, a linen module, a method of one, a combinator.
         n_in: how many items it takes; inferred if left out. If ``n_in`` is above the number of
-            required parameters, optional ones become inputs, in their order, and ``*args`` takes
-            the rest.
+            required parameters, optional and then keyword-only ones become inputs, in their order,
+            and ``*args`` takes the rest. For a callable that has a ``signature`` of its own, they
+            are the parameters beyond that signature.
         n_out: how many items it gives; inferred if left out.
         fixed: keywords bound to a value. They are no longer inputs, and context does not reach
             them. If ``f`` is a combinator, they are bound for all its parts that take them.
@@ -84,6 +85,12 @@ def fn(
         (5, 'untouched')
         >>> cb.fn(round, ndigits=1)(3.14159)
         3.1
+
+        Lengths from the stack, for a layer that takes them by keyword:
+
+        >>> from flax_extra import layer as xn
+        >>> print(cb.fn(xn.LSTM(4), n_in=2).signature)
+        2 -> 1
 
     See Also:
         :func:`infer_signature`, which says what is inferred.
