@@ -408,11 +408,86 @@ class TestAcrossAStack:
         assert kernels(cb.serial(stack, stack)) == {"Repeat_0/Dense_0": (2, 4, 4)}
 
 
-def test_names_that_clash_are_refused_as_linen_refuses_them():
+NUMBERED = [
+    (
+        "before it",
+        lambda: cb.serial(dense(2, name="Dense_0"), dense(4)),
+        {"Dense_0": (4, 2), "Dense_1": (2, 4)},
+    ),
+    (
+        "after it",
+        lambda: cb.serial(dense(2), dense(3), dense(5, name="Dense_0"), dense(4)),
+        {"Dense_1": (4, 2), "Dense_2": (2, 3), "Dense_0": (3, 5), "Dense_3": (5, 4)},
+    ),
+    (
+        "a scope",
+        lambda: cb.serial(dense(2), cb.serial(dense(3), name="Dense_1"), dense(5)),
+        {"Dense_0": (4, 2), "Dense_1/Dense_0": (2, 3), "Dense_2": (3, 5)},
+    ),
+    (
+        "a layer of another kind",
+        lambda: cb.serial(nn.DenseGeneral(3, use_bias=False, name="Dense_0"), dense(5)),
+        {"Dense_0": (4, 3), "Dense_1": (3, 5)},
+    ),
+    (
+        "in a repeat",
+        lambda: cb.repeat(cb.serial(dense(3), dense(4, name="Dense_0")), 2),
+        {"Dense_1": (2, 4, 3), "Dense_0": (2, 3, 4)},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "golden"), [row[1:] for row in NUMBERED], ids=[r[0] for r in NUMBERED]
+)
+def test_numbers_leave_out_the_names_that_the_user_gave(build, golden):
+    class SetUp(nn.Module):
+        def setup(self):
+            self.part = build()
+
+        def __call__(self, x):
+            return self.part(x)
+
+    outside = build()
+
+    class Compact(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return cb.serial(outside)(x)
+
+    scope = "" if type(outside) is cb.Serial else "Repeat_0/"
+    assert kernels(build()) == golden
+    assert kernels(cb.serial(build())) == {
+        f"{scope}{path}": shape for path, shape in golden.items()
+    }
+    assert kernels(SetUp()) == under("part", golden)
+    assert kernels(Compact()) == {f"{scope}{path}": shape for path, shape in golden.items()}
+    variables = build().init(KEY, X)
+    np.testing.assert_array_equal(
+        build().apply(variables, X), SetUp().apply({"params": {"part": variables["params"]}}, X)
+    )
+
+
+def test_a_name_that_belongs_to_another_scope_is_free():
+    d = dense(name="Dense_0")
+    aside = cb.serial(d, dense(), name="aside")
+    assert kernels(cb.serial(aside, d, dense())) == {
+        "aside/Dense_0": (4, 4),
+        "aside/Dense_1": (4, 4),
+        "Dense_0": (4, 4),
+    }
+
+
+def test_layers_made_in_a_compact_method_clash_as_linen_says():
     from flax.errors import NameInUseError
 
+    class Compact(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return cb.serial(dense(), dense(name="Dense_0"))(x)
+
     with pytest.raises(NameInUseError, match="Dense_0"):
-        cb.serial(dense(), dense(name="Dense_0")).init(KEY, X)
+        Compact().init(KEY, X)
 
 
 def test_a_layer_may_have_the_name_of_a_field():

@@ -10,7 +10,7 @@ These laws hold:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -50,19 +50,33 @@ UNBOUND = Binding((), ())
 
 
 def name_layers(children: Children) -> Iterator[tuple[str, nn.Module]]:
-    """Yields each module once, with its name: its own, or ``Class_0``, ``Class_1`` in order."""
+    """Yields each module once, with its name: its own, or ``Class_0``, ``Class_1`` in order.
+
+    A number is left out if the user gave that name to a layer of the same scope.
+    """
     seen: set[int] = set()
     counts: dict[str, int] = {}
+    is_taken = _make_name_test(children)
     for module in children.modules():
         if id(module) in seen:
             continue
         seen.add(id(module))
         kind = type(module).__name__
-        numbered = f"{kind}_{counts.setdefault(kind, 0)}"
+        counts.setdefault(kind, 0)
         has_place = module.scope is not None and linen.has_numbered_name(module)
+        if module.name is None:
+            while is_taken(f"{kind}_{counts[kind]}"):
+                counts[kind] += 1
+        numbered = f"{kind}_{counts[kind]}"
         if module.name is None or has_place:
             counts[kind] += 1
         yield numbered if module.name is None else module.name, module
+
+
+def _make_name_test(children: Children) -> Callable[[str], bool]:
+    """Returns a function that says whether the user gave a name to a layer of this scope."""
+    given = {m.name: m for m in children.modules() if m.name is not None and m.scope is None}
+    return lambda name: name in given and not children.is_named_elsewhere(given[name])
 
 
 def bind_as_scope(owner: nn.Module, children: Children) -> Binding:
@@ -83,8 +97,9 @@ def bind_in_host(children: Children, host: nn.Module) -> Binding:
     """Binds the layers of a structural combinator as layers of the module whose method uses it."""
     originals: list[nn.Module] = []
     modules: list[nn.Module] = []
+    is_taken = _make_name_test(children)
     for _, module in name_layers(children):
-        bound = linen.adopt_in_compact(host, module)
+        bound = linen.adopt_in_compact(host, module, is_taken)
         _check_copies(host, bound)
         originals.append(module)
         modules.append(bound)
@@ -112,13 +127,14 @@ def take_back_layers(children: Children, host: nn.Module) -> None:
         if linen.was_called(module):
             continue
         name = str(module.name)
-        _forget_place(module)
+        # In setup only a layer that was given a name has a scope: the name is the user's.
+        _forget_place(module, keeps_name=linen.is_in_setup(host))
         linen.forget_layer(host, name, type(module).__name__)
 
 
-def _forget_place(module: nn.Module) -> None:
+def _forget_place(module: nn.Module, keeps_name: bool = False) -> None:
     """Puts a bound module back to the state of one that waits in setup for a name."""
-    if linen.has_numbered_name(module):
+    if linen.has_numbered_name(module) and not keeps_name:
         object.__setattr__(module, "name", None)
     object.__setattr__(module, "scope", None)
     binding = getattr(module, "_bound", None) if is_pipeline(module) else None

@@ -201,14 +201,17 @@ class Children:
         """Adds layers with names of their own. One scope cannot hold two of the same name."""
         for name, module in named.items():
             other = self._named.setdefault(name, module)
-            if other is not module and not self._is_named_elsewhere(other, module):
+            if other is not module and not any(map(self.is_named_elsewhere, (other, module))):
                 raise errors.name_taken(name, get_name(other), get_name(module))
 
-    def _is_named_elsewhere(self, *modules: nn.Module) -> bool:
-        """Whether a module gets its place in the parameter tree from another scope."""
-        scopes = [module for module in self.modules() if is_pipeline(module)]
-        inside = {id(m) for scope in scopes for m, _ in _walk_modules(scope.children, None)}
-        return any(id(module) in inside for module in modules)
+    def is_named_elsewhere(self, module: nn.Module) -> bool:
+        """Whether a module gets its place in the parameter tree from a scope that uses it first."""
+        for part in self.modules():
+            if part is module:
+                return False
+            if is_pipeline(part) and any(m is module for m, _ in _walk_modules(part.children, None)):
+                return True
+        return False
 
     @property
     def in_copies(self) -> frozenset[int]:

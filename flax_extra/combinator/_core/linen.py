@@ -189,12 +189,20 @@ def adopt(owner: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return adopted
 
 
-def adopt_in_compact(host: nn.Module, module: nn.Module) -> nn.Module:
-    """Binds a module as a layer of a compact method, named in the order of calls."""
+def adopt_in_compact(
+    host: nn.Module, module: nn.Module, is_taken: Callable[[str], bool]
+) -> nn.Module:
+    """Binds a module as a layer of a compact method, named in the order of calls.
+
+    ``is_taken`` says whether the user gave a name to another layer of the same pipeline.
+    """
     if module.scope is not None:
         return module
     kind, cursor = type(module).__name__, host._state.autoname_cursor
-    name = f"{kind}_{cursor.get(kind, 0)}" if module.name is None else module.name
+    number = cursor.get(kind, 0)
+    while module.name is None and is_taken(f"{kind}_{number}"):
+        number += 1
+    name = f"{kind}_{number}" if module.name is None else module.name
     was_taken = host._name_taken(name)
     bound = adopt(host, name, module)
     if bound.parent is not host:
@@ -204,8 +212,8 @@ def adopt_in_compact(host: nn.Module, module: nn.Module) -> nn.Module:
         bound.__post_init__()
     elif was_taken or bound.name != name:
         return bound
-    if has_numbered_name(bound):
-        cursor[kind] = cursor.get(kind, 0) + 1
+    if module.name is None:
+        cursor[kind] = number + 1
     return bound
 
 
