@@ -42,6 +42,7 @@ from flax_extra.combinator._words.branch import (
     keep,
     residual,
 )
+from flax_extra.combinator._words.choose import Cond, Switch, cond, switch
 from flax_extra.combinator._words.compose import Parallel, Serial, parallel, serial
 from flax_extra.combinator._words.copies import stack_layers, unstack_layers
 from flax_extra.combinator._words.fn import Fn, fn
@@ -77,6 +78,8 @@ from flax_extra.combinator._words.select import (
     select,
     swap,
 )
+from flax_extra.combinator._words.vmap import Vmap, vmap
+from flax_extra.combinator._words.wire import Wire, wire
 
 __all__ = [
     # what a callable is on the stack
@@ -93,6 +96,7 @@ __all__ = [
     "dip",
     # moving items
     "select",
+    "wire",
     "dup",
     "drop",
     "swap",
@@ -109,6 +113,9 @@ __all__ = [
     "repeat",
     "scan",
     "remat",
+    "vmap",
+    "cond",
+    "switch",
     "stack_layers",
     "unstack_layers",
     # piece by piece
@@ -137,6 +144,7 @@ __all__ = [
     "Keep",
     "Dip",
     "Select",
+    "Wire",
     "Dup",
     "Drop",
     "Swap",
@@ -154,6 +162,9 @@ __all__ = [
     "Hold",
     "Stream",
     "StreamState",
+    "Vmap",
+    "Cond",
+    "Switch",
     "Fn",
     "ContextKeyword",
     "Typed",

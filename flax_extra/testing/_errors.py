@@ -55,10 +55,10 @@ def wrong_shape(asked: str, shape: object) -> InvalidArgument:
     )
 
 
-def no_time_axis(asked: str, name: str, shape: tuple[int, ...]) -> InvalidArgument:
+def too_few_axes(asked: str, name: str, least: int, shape: tuple[int, ...]) -> InvalidArgument:
     return InvalidArgument(
-        f"{asked} was asked for {name}, which runs over axis 1 and leaves its cell at least two "
-        f"axes; the shape of the items is {shape}. Give one of three axes, or leave {name} out."
+        f"{asked} was asked for {name}, which takes an axis away from items of at least {least} "
+        f"axes; the shape of the items is {shape}. Give one with more axes, or leave {name} out."
     )
 
 

@@ -166,11 +166,11 @@ def pipelines(
 
     Args:
         leaves: the callables to build from, or a strategy of them. Their outputs must have the
-            shape and dtype of their inputs. In a ``scan``, items have no time axis. The default
-            leaves are functions, Dense, LayerNorm and Dropout.
+            shape and dtype of their inputs. In a ``scan`` or a ``vmap``, items have one axis less,
+            which is not the last. The default leaves are functions, Dense, LayerNorm and Dropout.
         combinators: the names of the combinators to build with; all by default. If the items are
             no arrays, use those that only move items: ``SHUFFLING``.
-        shape: the shape of the items. ``scan`` and ``hold`` need three axes.
+        shape: the shape of the items. ``scan`` and ``hold`` need three axes, and ``vmap`` two.
         max_depth: how many levels a pipeline has, at most.
 
     Returns:
@@ -236,15 +236,24 @@ def _built_in(key: str, shape: tuple[int, ...]) -> Parts:
 
 
 def _allowed(combinators: Iterable[str] | None, shape: tuple[int, ...]) -> frozenset[str]:
-    has_time = len(shape) > TIME + 1
     if combinators is None:
-        return frozenset(COMBINATORS if has_time else COMBINATORS - OVER_TIME)
+        return _drop_too_deep(COMBINATORS, shape)
     asked = frozenset(combinators)
     if asked - COMBINATORS:
         raise _errors.unknown_combinators("pipelines", asked - COMBINATORS, COMBINATORS)
-    if asked & OVER_TIME and not has_time:
-        raise _errors.no_time_axis("pipelines", min(asked & OVER_TIME), shape)
+    if asked - _drop_too_deep(asked, shape):
+        name = max(asked - _drop_too_deep(asked, shape))
+        raise _errors.too_few_axes("pipelines", name, LEAST_AXES[name], shape)
     return asked
+
+
+LEAST_AXES = {"scan": TIME + 2, "hold": TIME + 2, "vmap": 2}
+"""How many axes items need if their combinator takes one away: one more if it is time."""
+
+
+def _drop_too_deep(names: frozenset[str], shape: tuple[int, ...]) -> frozenset[str]:
+    """Returns the combinators that items of this shape have enough axes for."""
+    return frozenset(name for name in names if LEAST_AXES.get(name, 0) <= len(shape))
 
 
 def _check_shape(asked: str, shape: object) -> None:
@@ -286,10 +295,10 @@ class _Grammar:
         inner = dataclasses.replace(self, max_depth=self.max_depth - 1)
         return _one_of([GROWN[name](inner) for name in names])
 
-    def within_scan(self) -> _Grammar:
-        """Returns the grammar of a cell, whose items have no time axis."""
-        shape = (*self.shape[:TIME], *self.shape[TIME + 1 :])
-        allowed = self.allowed if len(shape) > TIME + 1 else self.allowed - OVER_TIME
+    def without_axis(self, axis: int) -> _Grammar:
+        """Returns the grammar of a cell or a member, whose items do not have an axis."""
+        shape = (*self.shape[:axis], *self.shape[axis + 1 :])
+        allowed = _drop_too_deep(self.allowed, shape)
         return dataclasses.replace(self, shape=shape, allowed=allowed)
 
 
@@ -316,6 +325,15 @@ def _selects(grammar: _Grammar) -> Parts:
     return st.builds(
         lambda indices, n_in: cb.select(indices, n_in=n_in), indices, st.none() | st.integers(0, 5)
     )
+
+
+def _wires(grammar: _Grammar) -> Parts:
+    def build(n: int, indices: list[int]) -> Part:
+        names = [f"x{index}" for index in range(n)]
+        outputs = [names[index % n] for index in indices] if n else []
+        return cb.wire(" ".join([*names, "->", *outputs]))
+
+    return st.builds(build, st.integers(0, 4), st.lists(st.integers(0, 3), max_size=4))
 
 
 def _build_counted(
@@ -354,6 +372,7 @@ LEAVES: Mapping[str, Callable[[_Grammar], Parts]] = {
     "drop": _build_counted(cb.drop, 0, 2),
     "swap": lambda grammar: st.builds(cb.swap),
     "select": _selects,
+    "wire": _wires,
     "add": _build_counted(cb.add, 1, 3),
     "sub": _build_counted(cb.sub, 1, 3),
     "mul": _build_counted(cb.mul, 1, 3),
@@ -424,7 +443,51 @@ def _scans(grammar: _Grammar) -> Parts:
         started = cb.parallel(first_step, cb.identity(cell.signature.n_in - 1))
         return started >> cb.scan(cell, n_carry=1, reverse=reverse, axis=TIME) >> cb.drop()
 
-    return st.builds(build, grammar.within_scan().parts(), st.booleans())
+    return st.builds(build, grammar.without_axis(TIME).parts(), st.booleans())
+
+
+def _conds(grammar: _Grammar) -> Parts:
+    def build(f: Part, g: Part) -> Part:
+        branches = _with_common_arity([f, g])
+        return _choose_by(is_large, cb.cond(*branches))
+
+    return st.builds(build, grammar.parts(), grammar.parts())
+
+
+def _switches(grammar: _Grammar) -> Parts:
+    def build(fs: list[Part]) -> Part:
+        choose = cb.fn(count_large, most=len(fs) - 1)
+        return _choose_by(choose, cb.switch(_with_common_arity(fs)))
+
+    return st.lists(grammar.parts(), min_size=1, max_size=3).map(build)
+
+
+def _choose_by(f: Part, choice: cb.Combinator) -> Part:
+    """Computes what chooses from the item on top, so that all items are arrays of one shape."""
+    return cb.parallel(f, cb.identity(choice.signature.n_in - 1)) >> choice
+
+
+def _with_common_arity(fs: list[Part]) -> list[Part]:
+    """Changes callables to take and to give the same number of items."""
+    n_in = max(1, *(cb.infer_signature(f).n_in for f in fs))
+    fs = [with_n_in(f, n_in) for f in fs]
+    n_out = min(cb.infer_signature(f).n_out for f in fs)
+    return [f if cb.infer_signature(f).n_out == n_out else _cut(f, n_out) for f in fs]
+
+
+def _cut(f: Part, n_out: int) -> Part:
+    """Changes a callable to give its first ``n_out`` items alone."""
+    return cb.serial(f, cb.select(range(n_out), n_in=cb.infer_signature(f).n_out))
+
+
+@st.composite
+def _vmaps(draw: st.DrawFn, grammar: _Grammar) -> Part:
+    axis = draw(st.integers(0, len(grammar.shape) - 2))
+    f, shared = draw(grammar.without_axis(axis).parts()), draw(st.booleans())
+    # Members that have parameters of their own cannot share a layer with what is outside.
+    if not shared:
+        (f,) = copy.deepcopy(cb.serial([f]))
+    return cb.vmap(f, axis, shared=shared, n=grammar.shape[axis])
 
 
 def _holds(grammar: _Grammar) -> Parts:
@@ -433,7 +496,7 @@ def _holds(grammar: _Grammar) -> Parts:
     def build(f: Part) -> Part:
         return cb.hold(cb.scan(_as_cell(f), n_carry=1, axis=TIME), first_step, axis=TIME)
 
-    return st.builds(build, grammar.within_scan().parts())
+    return st.builds(build, grammar.without_axis(TIME).parts())
 
 
 def _as_cell(f: Part) -> cb.Combinator:
@@ -456,16 +519,16 @@ GROWN: Mapping[str, Callable[[_Grammar], Parts]] = {
     "scan": _scans,
     "hold": _holds,
     "remat": lambda grammar: st.builds(cb.remat, grammar.parts()),
+    "cond": _conds,
+    "switch": _switches,
+    "vmap": _vmaps,
 }
 """Strategies for combinators with children, by name."""
 
 COMBINATORS = frozenset(LEAVES) | frozenset(GROWN)
 """The combinators that pipelines are built with."""
 
-OVER_TIME = frozenset({"scan", "hold"})
-"""The combinators that run over a time axis."""
-
-MOVING = frozenset({"identity", "dup", "drop", "swap", "select"})
+MOVING = frozenset({"identity", "dup", "drop", "swap", "select", "wire"})
 SHUFFLING = MOVING | {"serial", "parallel", "branch", "keep", "dip", "fn", "fold"}
 """The combinators that only move items, whatever the items are."""
 
@@ -476,6 +539,21 @@ SHUFFLING = MOVING | {"serial", "parallel", "branch", "keep", "dip", "fn", "fold
 def first_step(x: Array) -> Array:
     """Returns the items at the first step, as the initial carry of a scan."""
     return x[:, 0]
+
+
+LARGE = 0.1234
+"""No number that a program rounds in two ways is likely to be on two sides of it."""
+
+
+def is_large(x: Array) -> Array:
+    """Returns whether the first number of an item is large."""
+    return x.ravel()[0] > LARGE
+
+
+def count_large(x: Array, most: int = 2) -> Array:
+    """Counts the large numbers among the first and the last of an item, up to the most."""
+    ends = x.ravel()[jnp.array([0, -1])]
+    return jnp.minimum((ends > LARGE).sum(), most)
 
 
 def with_one_output(f: Part) -> Part:

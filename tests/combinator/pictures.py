@@ -6,6 +6,7 @@ python -m tests.combinator.pictures    # draws them anew, to look at again
 import operator
 from pathlib import Path
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_extra import combinator as cb
@@ -85,6 +86,27 @@ PICTURES = {
         ("f32[b, 4]",),
     ),
     "perceiver": (perceiver(), ("f32[b, t, 64]",)),
+    "branches": (
+        cb.serial(
+            cb.cond(nn.Dense(8), cb.serial(nn.Dense(32), nn.gelu, nn.Dense(8))),
+            cb.vmap(nn.LayerNorm(), axis=1),
+        ),
+        ("bool[]", "f32[b, t, 64]"),
+    ),
+    "choices": (cb.switch(jnp.add, cb.wire("x y -> y"), cb.mul()), ()),
+    "ensemble": (
+        cb.vmap(cb.residual(nn.Dense(8)), axis=(None,), shared=False, n=5),
+        ("f32[b, 8]",),
+    ),
+    "named_wires": (
+        cb.serial(
+            cb.wire("x memory mask -> x memory mask memory mask"),
+            cb.residual(xn.Attention(n_heads=4)),
+            cb.wire("x memory mask -> memory mask x"),
+        ),
+        ("f32[b, t, 64]", "f32[b, s, 64]", "bool[b, t, s]"),
+    ),
+    "named_wires_without_shapes": (cb.wire("x memory mask -> memory x x"), ()),
     "sixty_boxes": (sixty_boxes(), ("i32[b, t]",)),
     "nothing": (cb.serial(), ()),
 }

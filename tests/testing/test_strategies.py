@@ -118,7 +118,14 @@ def test_inputs_are_as_annotations_say(inputs):
             lambda: testing.pipelines(combinators=["sreial"]),
             "combinators 'sreial', .* It builds: 'a",
         ),
-        (lambda: testing.pipelines(combinators=["scan"], shape=(2, 3)), "the items is \\(2, 3\\)"),
+        (
+            lambda: testing.pipelines(combinators=["scan", "vmap"], shape=(2, 3)),
+            "asked for scan, .* of at least 3 axes; the shape of the items is \\(2, 3\\)",
+        ),
+        (
+            lambda: testing.pipelines(combinators=["scan", "vmap"], shape=(2,)),
+            "asked for vmap, .* of at least 2 axes; the shape of the items is \\(2,\\)",
+        ),
         (lambda: testing.pipelines(max_depth=-1), "levels from 0 to -1"),
         (
             lambda: testing.inputs_for(cb.add(), specs=["f32[b]"]),

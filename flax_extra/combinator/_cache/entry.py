@@ -167,5 +167,32 @@ class Copy:
         return CacheEntry(value, (self._index,))
 
 
+class Unboxed:
+    """The entries of one copy as plain arrays, for a transformation that maps over their axes."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Any, Entry] = {}
+
+    def enter(self, variables: Any) -> Any:
+        """Reads the entries."""
+        leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=_is_entry)
+        self._entries = {path: leaf for path, leaf in leaves if _is_entry(leaf)}
+        return nn.meta.unbox(variables)
+
+    def leave(self, variables: Any) -> Any:
+        """Writes the entries."""
+
+        def leave(path: Any, value: Any) -> Any:
+            entry = self._entries.get(path)
+            return value if entry is None else entry.replace_boxed(value)
+
+        return jax.tree_util.tree_map_with_path(leave, variables)
+
+
+def has_entries(variables: Any) -> bool:
+    """Whether some of the variables are entries."""
+    return any(map(_is_entry, jax.tree.leaves(variables, is_leaf=_is_entry)))
+
+
 def _is_entry(x: Any) -> bool:
     return isinstance(x, CacheEntry)

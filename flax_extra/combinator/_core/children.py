@@ -209,7 +209,9 @@ class Children:
         for part in self.modules():
             if part is module:
                 return False
-            if is_pipeline(part) and any(m is module for m, _ in _walk_modules(part.children, None)):
+            if is_pipeline(part) and any(
+                m is module for m, _ in _walk_modules(part.children, None)
+            ):
                 return True
         return False
 

@@ -16,6 +16,7 @@ hand over text, so that all wording can be read and changed in one place.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class SignatureError(ValueError):
@@ -290,6 +291,40 @@ def negative_index(index: int) -> SignatureError:
     )
 
 
+def no_wiring_text(names: str) -> TypeError:
+    return TypeError(
+        f"wire takes names as one text, such as 'x memory mask -> memory x mask'; got {names}."
+    )
+
+
+def no_arrow(names: str) -> ValueError:
+    return ValueError(
+        f"wire takes the names of items before and after one arrow, such as "
+        f"'x memory mask -> memory x mask'; got {names!r}."
+    )
+
+
+def not_a_wire(names: str, name: str) -> ValueError:
+    return ValueError(
+        f"wire({names!r}) names an item {name!r}. A name is one word, and names have spaces "
+        f"between them, as in 'x memory mask -> memory x mask'."
+    )
+
+
+def wire_twice(names: str, name: str) -> ValueError:
+    return ValueError(
+        f"wire({names!r}) takes two items called {name!r}. Give each item before the arrow a name "
+        f"of its own; to copy an item, repeat its name after the arrow."
+    )
+
+
+def no_such_wire(names: str, name: str, taken: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"wire({names!r}) gives {name!r}, and takes no item of that name. It takes: "
+        f"{_listing(taken)}."
+    )
+
+
 def residual_arity(side: str, signature: str, text: str) -> SignatureError:
     return SignatureError(
         f"residual adds one output of its body to one output of its shortcut; the {side} {text} "
@@ -333,6 +368,25 @@ def no_sequence(text: str, signature: str, n_carry: int) -> SignatureError:
         f"scan takes a cell with at least one input beyond its carry, the sequence to run over; "
         f"got {text} with signature {signature} and {_count(n_carry, 'carry item')}. Give the cell "
         f"an input for the sequence, or say how many items it carries: cb.scan(cell, n_carry=...)."
+    )
+
+
+def not_two_branches(found: int) -> TypeError:
+    return TypeError(
+        f"cond takes two callables, one for true and one for false; got {found}. For another "
+        f"number of branches: cb.switch(...)."
+    )
+
+
+def no_branches() -> ValueError:
+    return ValueError("switch takes at least one callable to choose from; got none.")
+
+
+def different_branches(label: str, branches: Sequence[tuple[str, str]]) -> SignatureError:
+    listed = ", ".join(f"{text} has {signature}" for text, signature in branches[:MOST_LISTED])
+    return SignatureError(
+        f"{label} runs one of its branches, so all take and give the same number of items: "
+        f"{listed}. Pass items through, or drop them, for instance with cb.keep() or cb.drop()."
     )
 
 
@@ -467,11 +521,112 @@ def other_copies(label: str, n: int, name: str, found: str) -> ValueError:
     )
 
 
+def other_members(label: str, n: Any, name: str, found: str) -> ValueError:
+    return ValueError(
+        f"{label} runs {n} members, each with variables of its own on a leading axis of size {n}; "
+        f"{name} is {found}. The variables are those of another number of members: initialise "
+        f"again, or give it inputs for as many members as there are."
+    )
+
+
+def state_of_members(label: str, layer: str, collection: str) -> ValueError:
+    return ValueError(
+        f"In {label}, each member has a state of its own, and {layer}, which is also used outside "
+        f"of it, has one state for all in the collection {collection!r}. Make a second instance."
+    )
+
+
 def mixed_collection(label: str, collection: str, appended: str, other: str) -> ValueError:
     return ValueError(
         f"In {label}, each step or copy appends to {appended!r} in the collection {collection!r}, "
         f"and replaces {other!r} there. A loop stacks the one and carries the other, and treats a "
         f"collection as a whole. Use two collections."
+    )
+
+
+def wrong_number_of_axes(axes: Sequence[int | None], signature: str) -> SignatureError:
+    return SignatureError(
+        f"vmap takes an axis for each input, or one for all; got axis={tuple(axes)} for a callable "
+        f"with signature {signature}. Give one entry for each input."
+    )
+
+
+def no_members(path: Sequence[str], stack: str) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} runs on each member of an axis, and no input has that axis.\n"
+        f"  stack: {stack}\n"
+        f"  Say how many members there are: cb.vmap(f, axis, n=...)."
+    )
+
+
+def unequal_members(
+    path: Sequence[str], n: int | None, sizes: Sequence[Any], stack: str
+) -> SignatureError:
+    asked = f", with n={n}," if n is not None else ""
+    found = sizes if n is None else sizes[1:]
+    return SignatureError(
+        f"{_path(path)}{asked} runs on each member of an axis, whose sizes differ: "
+        f"{', '.join(map(str, found))}.\n"
+        f"  stack: {stack}\n"
+        f"  Give all inputs one number of members, or None as the axis of those that all members "
+        f"share: cb.vmap(f, axis=(0, None))."
+    )
+
+
+def no_member_axis(
+    path: Sequence[str], role: str, item: str, axis: int, stack: str
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} runs over axis {axis}, and its {role} {item} has no room for one.\n"
+        f"  stack: {stack}\n"
+        f"  Choose another axis, or None for an input that all members share: "
+        f"cb.vmap(f, axis=(0, None)); for the outputs, cb.vmap(f, out_axis=...)."
+    )
+
+
+def no_predicate(path: Sequence[str], found: str, stack: str) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} takes from the top of the stack one boolean, which says what runs; got "
+        f"{found}.\n"
+        f"  stack: {stack}\n"
+        f"  Compare the item (x > 0), or move the boolean to the top with cb.select(). For a "
+        f"boolean for each row, run it for each row: cb.vmap(cb.cond(f, g), axis=0)."
+    )
+
+
+def no_index(path: Sequence[str], found: str, stack: str) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} takes from the top of the stack one integer, the number of the branch that "
+        f"runs; got {found}.\n"
+        f"  stack: {stack}\n"
+        f"  Move the integer to the top with cb.select(). For a number for each row, run it for "
+        f"each row: cb.vmap(cb.switch(...), axis=0)."
+    )
+
+
+def no_such_branch(path: Sequence[str], n: int, index: int) -> ValueError:
+    return ValueError(
+        f"{_path(path)} has {_count(n, 'branch', 'branches')}, numbered from 0; got number {index}."
+    )
+
+
+def different_outputs(
+    path: Sequence[str], index: int, first: str, branch: str, found: str, stack: str
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} runs one of its branches, so all give items of the same shape and dtype: "
+        f"item {index} is {first} from the first branch, and {found} from {branch}.\n"
+        f"  stack: {stack}\n"
+        f"  Project or cast the outputs of one branch."
+    )
+
+
+def made_in_branch(label: str, branch: str, collection: str, path: str) -> ValueError:
+    return ValueError(
+        f"{label} runs one of its branches, and which one is not known when they are traced, so "
+        f"all keep the same variables: {branch} makes or appends to {path!r} in the collection "
+        f"{collection!r}, and another does not. Initialise first; and leave {collection!r} "
+        f"immutable if it records what a layer saw."
     )
 
 

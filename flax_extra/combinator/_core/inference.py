@@ -190,7 +190,8 @@ def _use_declared(
         for name in fixed:
             if name not in optional | required and not takes_any:
                 raise errors.unknown_fixed(get_name(f), name, optional | required)
-    more, shapes = [], ()
+    more: list[inspect.Parameter] = []
+    shapes: Nesting = ()
     if n_in is not None and takes_more:
         free = [p for p in parameters[len(declared.in_shape) :] if p.name not in fixed]
         more, shapes = _add_inputs(f, free, declared, n_in)

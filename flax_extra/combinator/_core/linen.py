@@ -261,6 +261,14 @@ def read_collection(module: nn.Module, collection: str) -> dict[tuple[str, ...],
     return flat
 
 
+def is_inside(module: nn.Module, owner: nn.Module) -> bool:
+    """Whether the variables of a module are among those of another.
+
+    A lifted transformation clones modules, so their parents do not say it.
+    """
+    return bool(module.path[: len(owner.path)] == owner.path)
+
+
 def unfreeze(variables: Any) -> dict[str, Any]:
     """Returns variables as dictionaries that can be changed. Linen may give frozen ones."""
     unfrozen: dict[str, Any] = flax_unfreeze(variables)

@@ -109,8 +109,8 @@ class Drawing:
         for wire in frontier.wires:
             self._end_wire(wire, frontier.y)
         for label, neighbour in self._neighbours:
-            if label.item.text:
-                room = measure_width(label.item.text, SMALL_SIZE) + 2 * BESIDE_LABEL
+            if label.item.label:
+                room = measure_width(label.item.label, SMALL_SIZE) + 2 * BESIDE_LABEL
                 neighbour.stay_right_of(label.column, room)
         self._columns.settle()
         self._picture.width, self._picture.height = frontier.bounds.right.x, frontier.y
@@ -220,6 +220,18 @@ class Drawing:
         wires = (*frontier.wires[:start], *renewed, *frontier.wires[stop:])
         self._label_wires(renewed, wires, frontier.bounds)
         return Frontier(wires, frontier.bounds, frontier.y + self._below)
+
+    def name_wires(self, names: Sequence[str], frontier: Frontier) -> Frontier:
+        """Ends the first wires here, and starts new ones, each with a name beside it."""
+        for wire in frontier.wires[: len(names)]:
+            self._end_wire(wire, frontier.y)
+        named = tuple(
+            OpenWire(wire.column, frontier.y, Item(wire.item.text, name))
+            for name, wire in zip(names, frontier.wires, strict=False)
+        )
+        wires = named + frontier.wires[len(names) :]
+        self._label_wires(named, wires, frontier.bounds)
+        return Frontier(wires, frontier.bounds, frontier.y + BELOW_STEP_WITH_LABELS)
 
     def move_wires(self, indices: Sequence[int], n_in: int, frontier: Frontier) -> Frontier:
         """Moves, copies or ends wires: of the first ``n_in``, those at ``indices`` go on."""

@@ -49,6 +49,12 @@ class Item:
     """The item in a wire. Its text is known once the step that gives it has been read."""
 
     text: str = ""
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """The text beside the wire: the name that a ``wire`` gives the item, and what it is."""
+        return ": ".join(filter(None, (self.name, self.text)))
 
 
 @dataclasses.dataclass(frozen=True)

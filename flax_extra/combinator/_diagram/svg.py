@@ -250,7 +250,7 @@ def _write_boxes_and_words(picture: Picture) -> Iterator[str]:
     pieces += [
         (label.y, label.column.x, _write_label(label))
         for label in picture.labels
-        if label.item.text
+        if label.item.label
     ]
     yield from (text for _, _, text in sorted(pieces, key=lambda piece: piece[:2]))
 
@@ -276,7 +276,7 @@ def _write_frame_caption(frame: Frame) -> str:
 
 
 def _write_label(label: Label) -> str:
-    return _write_words("small", label.column.x + BESIDE_LABEL, label.y, label.item.text)
+    return _write_words("small", label.column.x + BESIDE_LABEL, label.y, label.item.label)
 
 
 def _write_words(kind: str, x: int, y: int, text: str, anchor: str = "start") -> str:

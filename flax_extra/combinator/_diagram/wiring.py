@@ -16,7 +16,9 @@ from typing import TypeAlias
 
 from flax_extra.combinator._core.combinator import Combinator
 from flax_extra.combinator._core.run import Placeholder
+from flax_extra.combinator._core.signature import Signature
 from flax_extra.combinator._diagram.captions import (
+    Caption,
     make_caption,
     make_fold_caption,
     make_frame_caption,
@@ -25,6 +27,7 @@ from flax_extra.combinator._diagram.captions import (
 from flax_extra.combinator._diagram.drawing import Drawing, Frontier, OpenWires
 from flax_extra.combinator._diagram.picture import Picture, Shape
 from flax_extra.combinator._views.typed import Typed
+from flax_extra.combinator._words.choose import Cond, Switch
 from flax_extra.combinator._words.compose import Parallel, Serial
 from flax_extra.combinator._words.fn import Fn
 from flax_extra.combinator._words.merge import Add, Concatenate, Div, Fold, Mul, Split, Sub
@@ -32,6 +35,8 @@ from flax_extra.combinator._words.remat import Remat
 from flax_extra.combinator._words.repeat import Repeat
 from flax_extra.combinator._words.scan import Scan
 from flax_extra.combinator._words.select import Select
+from flax_extra.combinator._words.vmap import Vmap
+from flax_extra.combinator._words.wire import Wire
 
 Position: TypeAlias = tuple[int, ...]
 """The indices of children that lead from the outermost pipeline to a step."""
@@ -77,6 +82,8 @@ class _Reader:
     def draw_pipeline(
         self, f: Combinator, position: Position | None, frontier: Frontier
     ) -> Frontier:
+        if isinstance(f, Wire):
+            frontier = self.drawing.name_wires(f.input_names, frontier)
         moved = _find_moved(f)
         if moved is not None:
             return self.drawing.move_wires(moved, f.signature.n_in, frontier)
@@ -107,8 +114,8 @@ class _Reader:
         frontier = self.drawing.add_frame(
             caption, isinstance(f, Repeat), f.signature.n_in, frontier, inside
         )
-        if isinstance(f, Scan):  # inside, a wire holds one step of the sequence
-            return self.drawing.relabel(f._n_carry, f.signature.n_out, frontier)
+        if isinstance(f, Scan | Vmap):  # inside, a wire holds one step of the sequence, one member
+            return self.drawing.relabel(_count_unchanged(f), f.signature.n_out, frontier)
         return frontier
 
     def draw_steps(self, f: Combinator, position: Position | None, frontier: Frontier) -> Frontier:
@@ -119,13 +126,31 @@ class _Reader:
             sizes = [child.signature.n_in for child in f.children]
             inside = functools.partial(self.draw_child, f, position)
             return self.drawing.add_side_by_side(sizes, frontier, inside)
-        if isinstance(f, Scan):
-            frontier = self.drawing.relabel(f._n_carry, f.signature.n_in, frontier)
+        if isinstance(f, Cond | Switch):
+            return self.draw_branches(f, position, frontier)
+        if isinstance(f, Scan | Vmap):
+            frontier = self.drawing.relabel(_count_unchanged(f), f.signature.n_in, frontier)
             before = () if position is None else self.stacks.get((*position, 0), ((), ()))[0]
             _label_wires(frontier.wires, before)
         for index in range(len(f.children)):
             frontier = self.draw_child(f, position, index, frontier)
         return frontier
+
+    def draw_branches(
+        self, f: Cond | Switch, position: Position | None, frontier: Frontier
+    ) -> Frontier:
+        """Draws branches side by side on copies of the items, and a box that takes those of one."""
+        n, branch = len(f.children), f.children[0].signature
+        copies = (0, *[1 + index for _ in range(n) for index in range(branch.n_in)])
+        frontier = self.drawing.move_wires(copies, f.signature.n_in, frontier)
+
+        def draw_side(index: int, frontier: Frontier) -> Frontier:
+            return self.draw_child(f, position, index - 1, frontier) if index else frontier
+
+        sizes = [1, *[branch.n_in] * n]
+        frontier = self.drawing.add_side_by_side(sizes, frontier, draw_side)
+        signature = Signature(1 + n * branch.n_out, branch.n_out)
+        return self.drawing.add_box(Caption("choose"), Shape.PILL, signature, frontier)
 
     def draw_child(
         self, owner: Combinator, position: Position | None, index: int, frontier: Frontier
@@ -156,6 +181,11 @@ def _label_wires(wires: OpenWires, texts: Sequence[str]) -> None:
         wire.item.text = wire.item.text or text
 
 
+def _count_unchanged(f: Scan | Vmap) -> int:
+    """Counts the items from the top that are the same within a loop, or within a map."""
+    return f._n_carry if isinstance(f, Scan) else 0
+
+
 def _find_moved(f: Combinator) -> Sequence[int] | None:
     """Returns the indices of the items that go on, if a combinator only moves items."""
     while not isinstance(f, Select):
@@ -169,5 +199,5 @@ def _shows_steps(f: Combinator) -> bool:
     """Whether a combinator is drawn by its steps. Otherwise it is a box."""
     if type(f).__call__ is not Combinator.__call__:
         return False
-    primitives = (Serial, Parallel, Fn, Typed, Repeat, Scan, Remat)
+    primitives = (Serial, Parallel, Fn, Typed, Repeat, Scan, Remat, Vmap, Cond, Switch)
     return f._expansion is not None or any(type(f)._run is known._run for known in primitives)

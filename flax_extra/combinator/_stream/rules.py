@@ -19,6 +19,7 @@ from flax_extra.combinator._core.describe import describe_item
 from flax_extra.combinator._stream.probe import LayerCall, Run
 from flax_extra.combinator._words.hold import Hold
 from flax_extra.combinator._words.scan import Scan
+from flax_extra.combinator._words.vmap import Vmap
 
 Axes: TypeAlias = Mapping[str, frozenset[int]]
 """For each argument that is an array, which of its axes are time."""
@@ -37,6 +38,7 @@ def check_layers(run: Run, longer: Run) -> None:
     Raises:
         StreamError: If a layer cannot, or two places would share one state.
     """
+    time: dict[int, Axes] = {}
     others: dict[tuple[Any, ...], list[LayerCall]] = {}
     for call in longer.calls:
         others.setdefault((call.site, call.layer.path), []).append(call)
@@ -44,7 +46,10 @@ def check_layers(run: Run, longer: Run) -> None:
         same = others.get((call.site, call.layer.path))
         if not same:  # it unrolls its steps
             continue
-        axes = _find_time(call, same.pop(0))
+        axes = time[id(call)] = _find_time(call, same.pop(0))
+        for outer in call.around if call.state else ():
+            if isinstance(outer.layer, Vmap) and _maps_time(outer.layer, outer, time):
+                raise stream_errors.cannot_go_on(call.name, *_refuse_steps(outer))
         if any(axes.values()):
             refusal = _find_refusal(call, axes)
             if refusal is not None:
@@ -86,6 +91,20 @@ def _find_time(call: LayerCall, longer: LayerCall) -> Axes:
             if size != more
         )
     return axes
+
+
+def _maps_time(vmap: Vmap, call: LayerCall, time: Mapping[int, Axes]) -> bool:
+    axes = time.get(id(call), {})
+    for name, axis in zip(call.arguments, vmap._in_axes, strict=False):
+        ranks = {len(leaf.shape) for leaf in jax.tree.leaves(call.arguments[name])}
+        if axis is not None and any(axis % rank in axes.get(name, ()) for rank in ranks):
+            return True
+    return False
+
+
+def _refuse_steps(vmap: LayerCall) -> Refusal:
+    label = str(getattr(vmap.layer, "_label", "vmap"))
+    return f"{label} runs it on each step by itself, so it has none to remember", "Map another axis"
 
 
 def _find_refusal(call: LayerCall, axes: Axes) -> Refusal | None:

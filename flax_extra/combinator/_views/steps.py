@@ -11,14 +11,20 @@ import jax
 from flax import linen as nn
 
 from flax_extra.combinator._core.combinator import Combinator
+from flax_extra.combinator._core.describe import cut
 from flax_extra.combinator._core.expression import format_short
 from flax_extra.combinator._core.naming import get_name
 from flax_extra.combinator._views.record import StepRecord
 from flax_extra.combinator._words.fn import Fn
 from flax_extra.combinator._words.repeat import Repeat
+from flax_extra.combinator._words.vmap import Vmap
+from flax_extra.combinator._words.wire import Wire
 
 MAX_NAME_LENGTH = 44
 """How many characters of an expression are shown."""
+
+MAX_WIRE_LENGTH = 56
+"""The same for a ``wire``, whose names say what it does."""
 
 Leaves: TypeAlias = dict[tuple[str, ...], Any]
 """The leaves of a tree of variables by their paths."""
@@ -105,12 +111,16 @@ def _format_name(target: Callable[..., Any]) -> str:
         return _format_name(inner) if has_steps else _format_leaf(target)
     if isinstance(target, Repeat):
         return f"{target._label} x{target.n}{', shared' if target.shared else ''}"
+    if isinstance(target, Vmap) and target.n is not None:
+        return f"{target._label} x{target.n}"
     return target._label
 
 
 def _format_leaf(target: Callable[..., Any]) -> str:
     """Writes the expression, or the most telling part of it if it is long."""
     text = format_short(target)
+    if isinstance(target, Wire):
+        return cut(text, MAX_WIRE_LENGTH)
     if len(text) <= MAX_NAME_LENGTH:
         return text
     if isinstance(target, Fn):

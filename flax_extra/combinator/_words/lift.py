@@ -1,4 +1,4 @@
-"""What the combinators share that JAX transforms: ``repeat``, ``scan`` and ``remat``.
+"""What the combinators share that JAX transforms: ``repeat``, ``scan``, ``remat`` and ``vmap``.
 
 Each opens a scope in the parameter tree, as a layer does. They run linen's own lifted
 transformations, so that parameters, mutable collections and rngs behave as linen says.
@@ -7,7 +7,7 @@ transformations, so that parameters, mutable collections and rngs behave as line
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeAlias
 
 import jax
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_extra.combinator._core import errors
-from flax_extra.combinator._core.children import check_only_child
+from flax_extra.combinator._core.children import Children, check_only_child
 from flax_extra.combinator._core.combinator import Combinator
 from flax_extra.combinator._core.describe import describe_item, describe_stack, shorten
 from flax_extra.combinator._core.run import Steps
 from flax_extra.combinator._core.signature import Signature
 from flax_extra.combinator._core.stack import Stack
+from flax_extra.combinator._words.loop import number_axis
 
 Policy: TypeAlias = Callable[..., bool]
 """Says which values are kept for the backward pass: one of ``jax.checkpoint_policies``."""
@@ -38,6 +39,21 @@ class Lifted(Combinator):
 
     def _check(self) -> None:
         check_only_child(self._kind, self.children)
+
+
+def choose_axis_name(name: str | None, children: Children) -> str | None:
+    """Returns the name of the axis of copies, made different from the names of those inside."""
+    return number_axis(name, _list_axis_names(children))
+
+
+def _list_axis_names(children: Children) -> Iterator[str]:
+    """Yields the names of the axes of all copies among children, at any depth."""
+    for child in children:
+        pipeline: Any = child.pipeline
+        if pipeline is not None:
+            if pipeline._stacks_parameters:
+                yield from filter(None, [pipeline._axis_name])
+            yield from _list_axis_names(pipeline.children)
 
 
 def check_policy(asked: str, name: str, policy: object) -> None:

@@ -330,7 +330,7 @@ class _State:
 
 def _list_modules(owner: Combinator) -> list[nn.Module]:
     """Lists a combinator, and the layers in it that belong to another scope."""
-    return [owner, *(m for m in owner._binding.modules if m.parent is not owner)]
+    return [owner, *(m for m in owner._binding.modules if not linen.is_inside(m, owner))]
 
 
 def _count_entries(values: Mapping[Key, Any], key: Key) -> int:

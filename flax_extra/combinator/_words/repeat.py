@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from flax_extra.combinator._core import errors
 from flax_extra.combinator._core.checks import as_integer, check_at_least
-from flax_extra.combinator._core.children import Children, make_only_child
+from flax_extra.combinator._core.children import make_only_child
 from flax_extra.combinator._core.expression import Argument, format_short, list_fields
 from flax_extra.combinator._core.linen import static_property
 from flax_extra.combinator._core.run import Steps
@@ -17,9 +17,10 @@ from flax_extra.combinator._words.lift import (
     Policy,
     check_carry,
     check_policy,
+    choose_axis_name,
     rematerialize,
 )
-from flax_extra.combinator._words.loop import LAYERS_AXIS, Loop, number_axis
+from flax_extra.combinator._words.loop import LAYERS_AXIS, Loop
 
 
 class Repeat(Lifted):
@@ -34,7 +35,7 @@ class Repeat(Lifted):
     @static_property
     def _axis_name(self) -> str | None:
         """The name of its axis, made different from those of the repeats in it."""
-        return number_axis(self.axis_name, _list_axis_names(self.children))
+        return choose_axis_name(self.axis_name, self.children)
 
     @static_property
     def _stacks_parameters(self) -> bool:
@@ -155,13 +156,3 @@ def repeat(
 def _format_slice(index: slice) -> str:
     parts = ["" if part is None else str(part) for part in (index.start, index.stop)]
     return ":".join(parts if index.step is None else [*parts, str(index.step)])
-
-
-def _list_axis_names(children: Children) -> Iterator[str]:
-    """Yields the names of the axes of all repeats among children, at any depth."""
-    for child in children:
-        pipeline = child.pipeline
-        if pipeline is not None:
-            if isinstance(pipeline, Repeat) and pipeline._stacks_parameters:
-                yield from filter(None, [pipeline._axis_name])
-            yield from _list_axis_names(pipeline.children)
