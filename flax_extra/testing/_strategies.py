@@ -426,15 +426,28 @@ def _fns(grammar: _Grammar) -> Parts:
     return st.builds(build, grammar.parts(), st.booleans())
 
 
-def _repeats(grammar: _Grammar) -> Parts:
-    def build(f: Part, n: int, shared: bool, remat: bool) -> Part:
-        body = not_growing(f)
-        # Copies that have parameters of their own cannot share a layer with what is outside.
-        if not shared:
-            (body,) = copy.deepcopy(cb.serial([body]))
-        return cb.repeat(body, n, shared=shared, remat=remat)
-
-    return st.builds(build, grammar.parts(), st.integers(0, 3), st.booleans(), st.booleans())
+@st.composite
+def _repeats(draw: st.DrawFn, grammar: _Grammar) -> Part:
+    body, n = draw(grammar.parts()), draw(st.integers(0, 3))
+    n_carry = draw(st.none() | st.integers(0, 2))
+    options: dict[str, Any] = {"shared": draw(st.booleans()), "remat": draw(st.booleans())}
+    if n_carry is None:
+        body = not_growing(body)
+    # Copies that have parameters of their own cannot share a layer with what is outside.
+    if not options["shared"]:
+        (body,) = copy.deepcopy(cb.serial([body]))
+    if n_carry is None:
+        return cb.repeat(body, n, **options)
+    signature = cb.infer_signature(body)
+    n_carry = min(n_carry, signature.n_in, signature.n_out)
+    entries = [cb.fn(spread, n=n)] * (signature.n_in - n_carry)
+    sums = [add_up] * (signature.n_out - n_carry)
+    copies = cb.repeat(body, n, n_carry=n_carry, **options)
+    return cb.serial(
+        cb.parallel(cb.identity(n_carry), entries),
+        copies,
+        cb.parallel(cb.identity(n_carry), sums),
+    )
 
 
 def _scans(grammar: _Grammar) -> Parts:
@@ -539,6 +552,17 @@ SHUFFLING = MOVING | {"serial", "parallel", "branch", "keep", "dip", "fn", "fold
 def first_step(x: Array) -> Array:
     """Returns the items at the first step, as the initial carry of a scan."""
     return x[:, 0]
+
+
+def spread(x: Array, n: int) -> Array:
+    """Returns ``n`` multiples of an item on a new leading axis, one for each copy."""
+    multiples = 1 + jnp.arange(n, dtype=x.dtype) / 4
+    return jnp.expand_dims(multiples, range(1, 1 + x.ndim)) * x
+
+
+def add_up(y: Array) -> Array:
+    """Returns the sum of the entries on the leading axis."""
+    return y.sum(0)
 
 
 LARGE = 0.1234

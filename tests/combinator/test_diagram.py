@@ -262,6 +262,14 @@ def test_wires_that_cross_are_labelled_again():
     assert labels(cb.diagram(cb.dup(), "i32[a]")) == ["i32[a]"]
 
 
+def test_inside_a_repeat_an_item_is_that_of_one_copy():
+    layer = cb.fn(lambda x, scale: x * scale) >> cb.dup()
+    svg = cb.diagram(cb.repeat(layer, 6, n_carry=1), "f32[b, 4]", "f32[6]").svg
+    assert "6, n_carry=1" in svg
+    for text in ("f32[6]", "f32[]", "f32[b, 4]", "f32[6, b, 4]"):
+        assert f">{text}<" in svg, text
+
+
 def test_inside_a_scan_a_sequence_is_one_item():
     picture = cb.diagram(cb.scan(cb.add() >> cb.dup()), "f32[b]", "f32[b, t]")
     assert labels(picture) == ["f32[b]", "f32[b, t]", "f32[b]", "f32[b]", "f32[b, t]"]

@@ -252,6 +252,137 @@ def test_linens_cached_attention_in_shared_copies():
     np.testing.assert_allclose(jnp.concatenate(found, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+# Items that each copy has of its own
+
+
+class Layer(nn.Module):
+    """A layer with an input of its own, beneath the carry, and outputs of its own."""
+
+    @nn.compact
+    def __call__(self, x, memory, scale) -> tuple[Any, Any, Any, Any]:
+        y = jnp.tanh(nn.Dense(4)(x) * scale)
+        return y, memory + y.sum(), y, {"norm": jnp.square(y).sum(-1)}
+
+
+class Layers(nn.Module):
+    n: int
+    shared: bool
+
+    @nn.compact
+    def __call__(self, x, memory, scales):
+        layers = [Layer() for _ in range(1 if self.shared else self.n)] * self.n
+        states, norms = [], []
+        for layer, scale in zip(layers, scales, strict=False):
+            x, memory, state, norm = layer(x, memory, scale)
+            states.append(state)
+            norms.append(norm)
+        stack = lambda *entries: jnp.stack(entries)
+        return x, memory, jnp.stack(states), jax.tree.map(stack, *norms)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("remat", [False, True, jax.checkpoint_policies.dots_saveable])
+@pytest.mark.parametrize("n", [1, 3])
+def test_each_copy_takes_and_gives_entries_of_its_own(n, remat, shared):
+    p = cb.repeat(Layer(), n, n_carry=2, shared=shared, remat=remat)
+    assert p.signature == cb.Signature(3, 4)
+    scales = jnp.arange(1.0, 1.0 + n)
+    memory = jnp.zeros(())
+    variables = p.init(KEY, X, memory, scales)
+    by_hand = Layers(n, shared)
+    if shared:
+        apart = {"params": variables["params"]}
+    else:
+        apart = cb.unstack_layers({"params": {"all": variables["params"]}}, "all", into="{}")
+        apart = {"params": {f"Layer_{i}": apart["params"][str(i)]["Layer_0"] for i in range(n)}}
+
+    def loss(f, variables):
+        def total(variables, x, scales):
+            outputs = f.apply(variables, x, memory, scales)
+            return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(outputs))
+
+        return jax.grad(total, (1, 2))(variables, X, scales)
+
+    assert_same(p.apply(variables, X, memory, scales), by_hand.apply(apart, X, memory, scales))
+    assert_same(loss(p, variables), loss(by_hand, apart))
+
+
+def test_no_copies_give_no_entries():
+    p = cb.repeat(Layer(), 0, n_carry=2)
+    y, variables = p.init_with_output(KEY, X, jnp.zeros(()), jnp.zeros((0,)))
+    assert jax.tree.map(jnp.shape, y) == ((2, 4), (), (0, 2, 4), {"norm": (0, 2)})
+    assert_same(p.apply(variables, X, jnp.zeros(()), jnp.zeros((0,))), y)
+
+
+def test_an_item_without_arrays_is_the_same_for_every_copy():
+    def attend(x, mask) -> Any:
+        return x if mask is None else x * mask
+
+    p = cb.repeat(cb.fn(attend), 3, n_carry=1)
+    masks = jnp.array([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(p(X, masks), 6 * X, rtol=1e-6)
+    np.testing.assert_allclose(p(X, None), X)
+    dense = cb.repeat(cb.parallel(nn.Dense(4), cb.drop()), 3, n_carry=1)
+    variables = dense.init(KEY, X, None)
+    assert dense.apply(variables, X, None).shape == (2, 4)
+
+
+def test_a_key_for_each_copy():
+    p = cb.repeat(cb.fn(lambda x, key: x + jax.random.normal(key, x.shape)), 3, n_carry=1)
+    keys = jax.random.split(KEY, 3)
+    expected = X + sum(jax.random.normal(key, X.shape) for key in keys)
+    np.testing.assert_allclose(p(X, keys), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_handed_on():
+    p = cb.repeat(nn.Dense(3), 2, n_carry=0)
+    xs = jnp.stack([X, 2 * X])
+    ys, variables = p.init_with_output(KEY, xs)
+    members = cb.vmap(nn.Dense(3), shared=False)
+    np.testing.assert_allclose(ys, members.apply(variables, xs), rtol=1e-5, atol=1e-6)
+
+
+def test_shapes_of_entries():
+    p = cb.repeat(Layer(), 6, n_carry=2)
+    found = cb.shape_signature(p, "f32[b, t, 4]", "f32[]", "f32[6]")
+    assert str(found) == (
+        "f32[b, t, 4], f32[], f32[6] -> f32[b, t, 4], f32[], f32[6, b, t, 4], dict('norm': f32[6, b, t])"
+    )
+    assert str(p) == "repeat(Layer(), 6, n_carry=2)"
+
+
+def test_entries_that_are_missing():
+    p = cb.serial(cb.repeat(Layer(), 3, n_carry=2))
+    for scales, text in ((jnp.ones(2), "f32[2]"), (jnp.ones(()), "f32[]")):
+        with pytest.raises(cb.SignatureError) as caught:
+            p.init(KEY, X, jnp.zeros(()), scales)
+        assert str(caught.value) == (
+            f"serial[0] -> repeat runs 3 copies, and each takes an entry of item 2, which has a "
+            f"leading axis of size 3; got {text}.\n"
+            f"  stack: f32[2, 4], f32[], {text}\n"
+            f"  Stack one entry for each copy. An item that is the same for all goes through the "
+            f"carry: cb.repeat(f, n, n_carry=...)."
+        )
+
+
+@pytest.mark.parametrize(
+    ("f", "text", "signature"),
+    [
+        (nn.Dense(4), "Dense(features=4)", "1 -> 1"),
+        (cb.dup(), "dup()", "1 -> 2"),
+        (cb.add(), "add()", "2 -> 1"),
+    ],
+)
+def test_more_is_carried_than_goes_in_and_out(f, text, signature):
+    with pytest.raises(cb.SignatureError) as caught:
+        cb.repeat(f, 3, n_carry=2)
+    assert str(caught.value) == (
+        f"repeat hands 2 items from copy to copy, so f takes and gives at least as many; got {text} "
+        f"with signature {signature}. Let it give back every item that is handed on, or say how "
+        f"many there are: cb.repeat(f, n, n_carry=...)."
+    )
+
+
 # Randomness
 
 

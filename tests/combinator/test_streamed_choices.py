@@ -1,4 +1,4 @@
-"""``cond``, ``switch`` and ``vmap`` in a stream: the blocks, put together, are the whole."""
+"""``cond``, ``switch``, ``vmap`` and items for each copy in a stream: blocks are the whole."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ PIPELINES = {
     "vmap in repeat": cb.repeat(cb.vmap(CONV(), 1), 2),
     "ensemble in two repeats": cb.repeat(cb.repeat(cb.vmap(CONV(), 1, shared=False), 2), 2),
     "cond in vmap in shared repeat": cb.repeat(cb.vmap(choose(CONV(), LSTM()), 1), 2, shared=True),
+    "items for each copy": cb.parallel(cb.identity(), lambda: jnp.arange(1.0, 3.0))
+    >> cb.repeat(cb.parallel(LSTM(), cb.identity()) >> cb.mul() >> cb.dup(), 2, n_carry=1)
+    >> cb.dip(lambda states: states.sum(0))
+    >> cb.add(),
     "vmap over time of what remembers nothing": cb.vmap(nn.Dense(4), 1) >> LSTM(),
 }
 

@@ -351,7 +351,27 @@ def more_out_than_in(signature: str, text: str) -> SignatureError:
     return SignatureError(
         f"repeat feeds the outputs of f to its next copy, so f gives at most as many items as it "
         f"takes; got {text} with signature {signature}. Drop the outputs that are not handed on, "
-        f"with cb.drop()."
+        f"with cb.drop(), or keep those of all copies: cb.repeat(f, n, n_carry=...)."
+    )
+
+
+def repeat_arity(signature: str, text: str, n_carry: int) -> SignatureError:
+    return SignatureError(
+        f"repeat hands {_count(n_carry, 'item')} from copy to copy, so f takes and gives at least "
+        f"as many; got {text} with signature {signature}. Let it give back every item that is "
+        f"handed on, or say how many there are: cb.repeat(f, n, n_carry=...)."
+    )
+
+
+def not_for_each_copy(
+    path: Sequence[str], n: int, index: int, found: str, stack: str
+) -> SignatureError:
+    return SignatureError(
+        f"{_path(path)} runs {_count(n, 'copy', 'copies')}, and each takes an entry of item "
+        f"{index}, which has a leading axis of size {n}; got {found}.\n"
+        f"  stack: {stack}\n"
+        f"  Stack one entry for each copy. An item that is the same for all goes through the "
+        f"carry: cb.repeat(f, n, n_carry=...)."
     )
 
 

@@ -114,7 +114,7 @@ class _Reader:
         frontier = self.drawing.add_frame(
             caption, isinstance(f, Repeat), f.signature.n_in, frontier, inside
         )
-        if isinstance(f, Scan | Vmap):  # inside, a wire holds one step of the sequence, one member
+        if _has_other_items_inside(f):
             return self.drawing.relabel(_count_unchanged(f), f.signature.n_out, frontier)
         return frontier
 
@@ -128,7 +128,7 @@ class _Reader:
             return self.drawing.add_side_by_side(sizes, frontier, inside)
         if isinstance(f, Cond | Switch):
             return self.draw_branches(f, position, frontier)
-        if isinstance(f, Scan | Vmap):
+        if _has_other_items_inside(f):
             frontier = self.drawing.relabel(_count_unchanged(f), f.signature.n_in, frontier)
             before = () if position is None else self.stacks.get((*position, 0), ((), ()))[0]
             _label_wires(frontier.wires, before)
@@ -181,9 +181,14 @@ def _label_wires(wires: OpenWires, texts: Sequence[str]) -> None:
         wire.item.text = wire.item.text or text
 
 
-def _count_unchanged(f: Scan | Vmap) -> int:
+def _has_other_items_inside(f: Combinator) -> bool:
+    """Whether a wire holds one step, member or copy inside of a frame, and all of them outside."""
+    return isinstance(f, Scan | Vmap) or (isinstance(f, Repeat) and f.n_carry is not None)
+
+
+def _count_unchanged(f: Combinator) -> int:
     """Counts the items from the top that are the same within a loop, or within a map."""
-    return f._n_carry if isinstance(f, Scan) else 0
+    return f._n_carry if isinstance(f, Scan | Repeat) else 0
 
 
 def _find_moved(f: Combinator) -> Sequence[int] | None:

@@ -90,7 +90,7 @@ class Loop:
             functools.partial(self.body, self.owner),
             carry,
             jax.tree.map(lambda x: jnp.moveaxis(x, self.axis, 0), xs),
-            length=self.length if xs is None else None,  # a symbolic length is that of xs
+            length=None if jax.tree.leaves(xs) else self.length,  # a symbolic length is that of xs
             reverse=self.reverse,
             unroll=self.unroll,
         )
@@ -108,7 +108,7 @@ class Loop:
             **variables,
             in_axes=in_axes,
             out_axes=self.axis,
-            length=self.length if xs is None else None,  # a symbolic length is that of xs
+            length=None if jax.tree.leaves(xs) else self.length,  # a symbolic length is that of xs
             reverse=self.reverse,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: self.axis_name},

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
 from flax_extra.combinator._core import errors
 from flax_extra.combinator._core.checks import as_integer, check_at_least
 from flax_extra.combinator._core.children import make_only_child
+from flax_extra.combinator._core.describe import describe_item, describe_stack
 from flax_extra.combinator._core.expression import Argument, format_short, list_fields
 from flax_extra.combinator._core.linen import static_property
 from flax_extra.combinator._core.run import Steps
@@ -31,6 +36,12 @@ class Repeat(Lifted):
     remat: bool | Policy = False
     unroll: int = 1
     axis_name: str | None = LAYERS_AXIS
+    n_carry: int | None = None
+
+    @static_property
+    def _n_carry(self) -> int:
+        """How many items are handed from copy to copy."""
+        return self.signature.n_out if self.n_carry is None else self.n_carry
 
     @static_property
     def _axis_name(self) -> str | None:
@@ -49,19 +60,27 @@ class Repeat(Lifted):
             check_policy("repeat", "remat", self.remat)
         check_at_least("repeat", "n", 0, self.n)
         check_at_least("repeat", "unroll", 1, self.unroll)
-        child = self.children[0]
-        if child.signature.n_out > child.signature.n_in:
-            raise errors.more_out_than_in(str(child.signature), format_short(child.target))
+        signature, text = self.children[0].signature, format_short(self.children[0].target)
+        if self.n_carry is not None:
+            self.n_carry = as_integer("repeat", "n_carry", self.n_carry)
+            check_at_least("repeat", "n_carry", 0, self.n_carry)
+            if self.n_carry > min(signature.n_in, signature.n_out):
+                raise errors.repeat_arity(str(signature), text, self.n_carry)
+        elif signature.n_out > signature.n_in:
+            raise errors.more_out_than_in(str(signature), text)
 
     def _run(self, stack: Stack, steps: Steps) -> Stack:
         taken, rest = take(stack, self.signature.n_in)
-        carry, constant = take(taken, self.signature.n_out)
+        carry, others = take(taken, self._n_carry)
+        # Without n_carry, all copies see the same items beneath the carry.
+        constant, xs = (others, ()) if self.n_carry is None else ((), others)
+        self._check_copies_of(xs, steps, taken)
 
-        def run_copy(combinator: Repeat, carry: Stack, _: None) -> tuple[Stack, None]:
-            before = put(carry, constant)
-            after = steps.on(combinator)(0, before)
+        def run_copy(combinator: Repeat, carry: Stack, xs: Stack) -> tuple[Stack, Stack]:
+            before = put(carry, put(xs, constant))
+            after, ys = take(steps.on(combinator)(0, before), self._n_carry)
             check_carry(carry, after, self, steps, before)
-            return after, None
+            return after, ys
 
         if self.remat:
             policy = None if self.remat is True else self.remat
@@ -75,8 +94,19 @@ class Repeat(Lifted):
             axis_name=self._axis_name,
             per_turn=("cache",),
         )
-        carry, _ = loop.run(carry, None)
-        return put(carry, rest)
+        carry, ys = loop.run(carry, xs)
+        return put(put(carry, ys), rest)
+
+    @nn.nowrap
+    def _check_copies_of(self, xs: Stack, steps: Steps, stack: Stack) -> None:
+        """Raises an error if an item does not have one entry for each copy."""
+        for index, item in enumerate(xs, self._n_carry):
+            for leaf in jax.tree_util.tree_leaves(item):
+                if jnp.shape(leaf)[:1] != (self.n,):
+                    text = describe_item(item)
+                    raise errors.not_for_each_copy(
+                        steps.path, self.n, index, text, describe_stack(stack)
+                    )
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice) and index != slice(None):
@@ -97,6 +127,7 @@ def repeat(
     remat: bool | Policy = False,
     unroll: int = 1,
     axis_name: str | None = LAYERS_AXIS,
+    n_carry: int | None = None,
     name: str | None = None,
 ) -> Repeat:
     """Puts ``n`` copies of ``f`` in series, compiled once.
@@ -121,26 +152,37 @@ def repeat(
         axis_name: the name of the leading axis in partitioning metadata, such as that of
             ``nn.with_logical_partitioning``. None for no name, as physical axes of a mesh need. A
             repeat around another of the same name adds a number: ``"layers_1"``.
+        n_carry: how many items are handed from copy to copy. The inputs beyond them have a leading
+            axis of size ``n``, one entry for each copy, and so have the outputs beyond them. An
+            item without arrays, such as None, is the same for every copy.
         name: the name of its scope; ``Repeat_0``, ``Repeat_1``, ... if left out.
 
     Returns:
         A combinator with the signature of ``f``.
 
     Raises:
-        SignatureError: If ``f`` gives more items than it takes; at the call, if an item changes
-            shape or dtype.
+        SignatureError: If ``f`` gives more items than it takes, or does not take and give
+            ``n_carry``; at the call, if an item changes shape or dtype, or has no entry for each
+            copy.
         SharingError: If a layer in ``f`` is also used outside of it and not ``shared``.
         TypeError: If an argument has the wrong type.
         ValueError: If a number is too small.
 
     Example:
-        >>> import jax
+        >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
         >>> from flax_extra import combinator as cb
         >>> tower = cb.repeat(cb.residual(nn.Dense(4), nn.relu), 6)
-        >>> variables = tower.init(jax.random.key(0), jax.numpy.ones((2, 4)))
-        >>> jax.tree.map(jax.numpy.shape, variables)
+        >>> variables = tower.init(jax.random.key(0), jnp.ones((2, 4)))
+        >>> jax.tree.map(jnp.shape, variables)
         {'params': {'Dense_0': {'bias': (6, 4), 'kernel': (6, 4, 4)}}}
+
+        The hidden states of all layers, and a temperature for each:
+
+        >>> layer = cb.fn(lambda x, temperature: jnp.tanh(x / temperature)) >> cb.dup()
+        >>> last, states = cb.repeat(layer, 6, n_carry=1)(jnp.ones((2, 4)), jnp.arange(1.0, 7.0))
+        >>> last.shape, states.shape
+        ((2, 4), (6, 2, 4))
     """
     return Repeat(
         make_only_child("repeat", f),
@@ -149,6 +191,7 @@ def repeat(
         remat=remat,
         unroll=unroll,
         axis_name=axis_name,
+        n_carry=n_carry,
         name=name,
     )
 
