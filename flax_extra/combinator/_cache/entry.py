@@ -171,7 +171,7 @@ class Unboxed:
     """The entries of one copy as plain arrays, for a transformation that maps over their axes."""
 
     def __init__(self) -> None:
-        self._entries: dict[Any, Entry] = {}
+        self._entries: dict[Any, CacheEntry] = {}
 
     def enter(self, variables: Any) -> Any:
         """Reads the entries."""
