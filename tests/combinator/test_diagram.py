@@ -1,11 +1,9 @@
 """A picture tells the truth about the wiring, and can be read."""
 
-import doctest
 import functools
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import jax
@@ -449,17 +447,3 @@ def test_a_bound_pipeline_is_drawn_as_the_pipeline():
     p = cb.serial(nn.Dense(4), cb.repeat(nn.Dense(4), 3))
     bound = p.bind(jax.eval_shape(p.init, free.KEY, jnp.ones((1, 4))))
     assert cb.diagram(bound, "f32[b, 4]").svg == cb.diagram(p, "f32[b, 4]").svg
-
-
-GUIDE = Path(__file__).parents[2] / "docs/guide"
-
-
-def test_the_guide_shows_what_its_examples_draw():
-    page = (GUIDE / "diagrams.md").read_text(encoding="utf-8")
-    examples = doctest.DocTestParser().get_doctest(page, {}, "diagrams", None, 0)
-    doctest.DocTestRunner(verbose=False).run(examples, clear_globs=False, out=lambda text: None)
-    shown = re.findall(r"!\[[^]]+\]\((\w+)\.svg\)", page)
-    assert shown
-    for name in shown:
-        drawn = examples.globs[name].svg
-        assert drawn == (GUIDE / f"{name}.svg").read_text(encoding="utf-8"), name

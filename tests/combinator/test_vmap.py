@@ -45,7 +45,7 @@ members = testing.pipelines(
 @settings(max_examples=40)
 @given(members, st.integers(0, 2), st.booleans(), st.data())
 def test_each_member_runs_by_itself(f, axis, shared, data):
-    items = [data.draw(testing.inputs_for(f)) for _ in range(N)]
+    items = [jax.tree.map(jnp.asarray, data.draw(testing.inputs_for(f))) for _ in range(N)]
     inputs = stack(items, axis)
     p = cb.vmap(f, axis, shared=shared, n=N)
     assert p.signature == cb.Signature(f.signature.n_in, f.signature.n_out)
