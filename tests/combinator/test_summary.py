@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,43 @@ def test_it_shows_itself_in_notebooks_and_on_consoles() -> None:
 def test_a_name_that_looks_like_markup_is_text() -> None:
     model = cb.serial(nn.relu, name="[red]body[/red]")
     assert "[red]body[/red]" in str(cb.summary(model, "f32[b]"))
+
+
+# What a stream remembers.
+
+
+def _decoder(**fields: Any) -> cb.Combinator:
+    attention = cb.fn(xn.SelfAttention(n_heads=2, causal=True, **fields), mask=None)
+    return nn.Embed(9, 8) >> cb.repeat(cb.residual(attention), 3)
+
+
+def test_state_is_shown_for_a_batch_and_a_capacity() -> None:
+    summary = cb.summary(_decoder(), "i32[2, 16]", decode=True)
+    state = cb.stream(_decoder(), "i32[b, t]", capacity=16).state_shapes(2).cache
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert summary.root.state == n_bytes == 3 * (2 * 2 * 16 * 8 * 4 + 2 * 4)
+    embed, repeat = summary.root.children
+    assert (embed.state, repeat.state) == (0, n_bytes)
+    assert str(summary).splitlines()[0].split()[-1] == "state"
+    assert str(summary).splitlines()[-1].split()[-2:] == ["6.2", "kB"]
+
+
+def test_state_has_the_names_of_sizes() -> None:
+    summary = cb.summary(_decoder(), "i32[b, t]", decode=True)
+    assert str(summary.root.state) == "192*b*t + 12*b"
+    assert str(summary).splitlines()[-1].endswith("192*b*t + 12*b B")
+
+
+def test_without_decode_there_is_no_state() -> None:
+    summary = cb.summary(_decoder(), "i32[2, 16]")
+    assert summary.root.state == 0
+    assert "state" not in str(summary)
+
+
+def test_a_shape_signature_tells_what_is_remembered() -> None:
+    shapes = cb.shape_signature(_decoder(), "i32[b, t]", decode=True)
+    assert str(shapes) == "i32[b, t] -> f32[b, t, 8], remembers 192*b*t + 12*b bytes"
+    assert shapes == cb.shape_signature(_decoder(), "i32[b, t]")
+    assert pickle.loads(pickle.dumps(shapes)) == shapes
+    window = cb.shape_signature(_decoder(window=4), "i32[2, 16]", decode=True)
+    assert str(window) == "i32[2, 16] -> f32[2, 16, 8], remembers 1560 bytes"

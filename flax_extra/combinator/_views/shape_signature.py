@@ -28,6 +28,7 @@ from flax_extra.combinator._views.specs import (
     parse_call,
     parse_declaration,
 )
+from flax_extra.combinator._views.steps import flatten_variables, measure
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +43,8 @@ class ShapeSignature:
         outputs: the items, top first.
         context: the context keywords that hold arrays.
         constraints: what is known of the names of dimensions, such as ``"t <= 64"``.
+        state: how many bytes a stream of the pipeline remembers, if it ran with ``decode=True``;
+            otherwise 0. Equality leaves it out.
 
     Example:
         >>> from flax import linen as nn
@@ -57,6 +60,7 @@ class ShapeSignature:
     outputs: Stack
     context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constraints: tuple[str, ...] = ()
+    state: Any = 0
 
     @classmethod
     def parse(cls, text: str) -> ShapeSignature:
@@ -82,6 +86,11 @@ class ShapeSignature:
         return hash(self._key)
 
     def __str__(self) -> str:
+        is_stream = not isinstance(self.state, int) or self.state > 0
+        return f"{self._text}, remembers {self.state} bytes" if is_stream else self._text
+
+    @property
+    def _text(self) -> str:
         named = [f"{name}: {describe_item(value)}" for name, value in self.context.items()]
         inputs = ", ".join([*map(describe_item, self.inputs), *named]) or "()"
         where = f" where {' and '.join(self.constraints)}" if self.constraints else ""
@@ -91,7 +100,7 @@ class ShapeSignature:
         return f"ShapeSignature({str(self)!r})"
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return ShapeSignature.parse, (str(self),)
+        return ShapeSignature.parse, (self._text,)
 
 
 @api_boundary
@@ -125,6 +134,12 @@ def shape_signature(f: Callable[..., Any], *inputs: Any, **context: Any) -> Shap
         >>> print(cb.shape_signature(attention, "f32[b, t, 64]", "bool[b, t, t]"))
         f32[b, t, 64], bool[b, t, t] -> f32[b, t, 64]
 
+        What a stream of it remembers, for b rows and a capacity of t:
+
+        >>> memory = cb.fn(xn.SelfAttention(n_heads=4, causal=True), mask=None)
+        >>> print(cb.shape_signature(memory, "f32[b, t, 64]", decode=True))
+        f32[b, t, 64] -> f32[b, t, 64], remembers 512*b*t + 4*b bytes
+
     Source:
         "Shape polymorphism", in the documentation of ``jax.export``.
     """
@@ -147,4 +162,5 @@ def read_shapes(f: Callable[..., Any], run: RunRecord) -> ShapeSignature:
         for name, value in call.context.items()
         if any(map(is_array, jax.tree.leaves(value)))
     }
-    return ShapeSignature(root.before, root.after or (), arrays, call.constraints)
+    _, state = measure(flatten_variables(run.variables.get("cache", {})).values())
+    return ShapeSignature(root.before, root.after or (), arrays, call.constraints, state)

@@ -48,17 +48,20 @@ class Step(StepRecord):
         parameters: how many numbers its parameters hold, without those that an earlier step uses.
         bytes: how many bytes these take.
         shared: whether an earlier step uses all of its parameters.
+        state: how many bytes it remembers from block to block of a stream, if it ran with
+            ``decode=True``. Where the inputs have names for sizes, so has this.
     """
 
     name: str = ""
     parameters: int = 0
     bytes: int = 0
     shared: bool = False
+    state: Any = 0
 
 
-def count_parameters(record: StepRecord, parameters: Leaves) -> Step:
-    """Returns the steps of a record, each with the parameters that no earlier step uses."""
-    return _Counter(parameters).count(record)
+def count_variables(record: StepRecord, parameters: Leaves, state: Leaves) -> Step:
+    """Returns the steps of a record, each with the variables that no earlier step uses."""
+    return _count(record, _Variables(parameters), _Variables(state))
 
 
 def flatten_variables(tree: Any) -> Leaves:
@@ -67,39 +70,46 @@ def flatten_variables(tree: Any) -> Leaves:
     return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
-def measure(leaves: Iterable[Any]) -> tuple[int, int]:
-    """Counts the numbers in arrays, and their bytes."""
+def measure(leaves: Iterable[Any]) -> tuple[Any, Any]:
+    """Counts the numbers in arrays, and their bytes. Both have names if sizes are names."""
     sizes = [(math.prod(leaf.shape), leaf.dtype.itemsize) for leaf in leaves]
     return sum(n for n, _ in sizes), sum(n * width for n, width in sizes)
 
 
-class _Counter:
-    """Counts the parameters of each step, in the order in which steps run: each only once."""
+def _count(record: StepRecord, parameters: _Variables, state: _Variables) -> Step:
+    """Counts the variables of each step, in the order in which steps run: each only once."""
+    children = [_count(child, parameters, state) for child in record.children]
+    used, (count, size) = parameters.take(record.modules)
+    n_new = count
+    count += sum(child.parameters for child in children)
+    fields = {**vars(record), "children": children}
+    return Step(
+        **fields,
+        name=_format_name(record.target),
+        parameters=count,
+        bytes=size + sum(child.bytes for child in children),
+        shared=used and not n_new and not count,
+        state=state.take(record.modules)[1][1] + sum(child.state for child in children),
+    )
 
-    def __init__(self, parameters: Leaves) -> None:
-        self._parameters = parameters
+
+class _Variables:
+    """The variables of one collection, each counted for the first step that uses it."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        self._leaves = leaves
         self._in_module: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-        for path in parameters:
+        for path in leaves:
             for length in range(len(path) + 1):
                 self._in_module.setdefault(path[:length], []).append(path)
         self._counted: set[tuple[str, ...]] = set()
 
-    def count(self, record: StepRecord) -> Step:
-        children = list(map(self.count, record.children))
-        used = {path for module in record.modules for path in self._in_module.get(module, ())}
-        new = used - self._counted
-        self._counted |= new
-        count, size = measure(self._parameters[path] for path in new)
-        count += sum(child.parameters for child in children)
-        size += sum(child.bytes for child in children)
-        fields = {**vars(record), "children": children}
-        return Step(
-            **fields,
-            name=_format_name(record.target),
-            parameters=count,
-            bytes=size,
-            shared=bool(used) and not new and not count,
-        )
+    def take(self, modules: Iterable[tuple[str, ...]]) -> tuple[bool, tuple[Any, Any]]:
+        """Says whether modules have variables, and measures those that were not counted yet."""
+        used = {path for module in modules for path in self._in_module.get(module, ())}
+        new = [path for path in self._leaves if path in used - self._counted]
+        self._counted |= used
+        return bool(used), measure(self._leaves[path] for path in new)
 
 
 def _format_name(target: Callable[..., Any]) -> str:

@@ -18,7 +18,7 @@ from flax_extra.combinator._core.tracebacks import api_boundary
 from flax_extra.combinator._views import table
 from flax_extra.combinator._views.record import record_run
 from flax_extra.combinator._views.specs import parse_call
-from flax_extra.combinator._views.steps import Step, count_parameters, flatten_variables, measure
+from flax_extra.combinator._views.steps import Step, count_variables, flatten_variables, measure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +31,7 @@ class Summary:
     Args:
         root: the pipeline as a step, with the steps within.
         totals: for each collection of variables, how many numbers it holds, and their bytes.
+            What a stream remembers is in ``"cache"``.
         context: the context keywords, with shapes for arrays.
     """
 
@@ -57,6 +58,9 @@ class Summary:
 @api_boundary
 def summary(f: Callable[..., Any], *inputs: Any, **context: Any) -> Summary:
     """Shows the stack between the steps of a pipeline, and where its parameters are.
+
+    With ``decode=True`` it also shows what each step remembers in a stream (see :func:`stream`) for
+    the batch and the capacity that the inputs have.
 
     It computes nothing, and random numbers need no key. If a step fails, the summary ends with that
     step, and holds the error.
@@ -92,6 +96,6 @@ def summary(f: Callable[..., Any], *inputs: Any, **context: Any) -> Summary:
     """
     run = record_run(f, parse_call(inputs, context))
     variables = {c: flatten_variables(tree) for c, tree in run.variables.items()}
-    root = count_parameters(run.root, variables.get("params", {}))
+    root = count_variables(run.root, variables.get("params", {}), variables.get("cache", {}))
     totals = {c: measure(leaves.values()) for c, leaves in variables.items()}
     return Summary(root, totals, run.call.context)

@@ -44,6 +44,10 @@ def draw_table(
     table.add_column("stack after")
     table.add_column("parameters", count, justify="right", no_wrap=True, min_width=len(count))
     table.add_column("size", size, justify="right", no_wrap=True, min_width=len(size))
+    has_state = "cache" in totals
+    if has_state:
+        total = _format_bytes(totals["cache"][1])
+        table.add_column("state", total, justify="right", no_wrap=True, min_width=len(total))
     table.add_row(Text("inputs", style="dim"), "", _Items(root.before, style="dim"))
     for name, value in context.items():
         if any(map(is_array, jax.tree.leaves(value))):
@@ -55,9 +59,10 @@ def draw_table(
             _draw_outcome(step),
             "shared" if step.shared else f"{step.parameters:,}" if step.parameters else "",
             _format_bytes(step.bytes) if step.parameters else "",
+            *([_format_bytes(step.state)] if has_state and not _is_zero(step.state) else []),
         )
     for collection, (n, width) in totals.items():
-        if collection != "params":
+        if collection not in ("params", "cache"):
             table.add_row(Text(collection, style="dim"), "", "", f"{n:,}", _format_bytes(width))
     return table
 
@@ -127,7 +132,13 @@ def _draw_outcome(step: Step) -> Text | _Items:
     return Text(f"{type(step.error).__name__}: {message}", style="bold red")
 
 
-def _format_bytes(n: int) -> str:
+def _format_bytes(n: Any) -> str:
     from rich.filesize import decimal
 
+    if not isinstance(n, int):  # it has names for sizes
+        return f"{n} B"
     return decimal(n, precision=1).replace("bytes", "B").replace("1 byte", "1 B")
+
+
+def _is_zero(n: Any) -> bool:
+    return isinstance(n, int) and n == 0
