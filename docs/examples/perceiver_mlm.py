@@ -19,25 +19,28 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from command_line import Parser
+from corpus import read_corpus
 from flax_extra import combinator as cb
 from perceiver_architectures import Settings
 from perceiver_checkpoints import CheckpointError, from_huggingface, pipeline, read_config
 from perceiver_text import MASK, N_SPECIAL, TextError, as_bytes, padded, parse
-from perceiver_training import Interrupted, Recipe, Score, TrainingError, evaluate, train
+from perceiver_training import MaskedRecipe, Score, evaluate
+from training import Interrupted, TrainingError, train
 
 EXAMPLE = "def __init__(self, na[MASK:2]):\n    sel[MASK].name = name\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains if need be, and fills in; the exit status is 2 where something cannot be used."""
-    parser = _parser()
+    parser = _make_parser()
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
@@ -46,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             with_training(options, console)
     except (CheckpointError, TrainingError, TextError) as error:
-        parser.error(str(error).partition("\n")[0])
+        parser.error(str(error))
     except Interrupted as interruption:
         console.print(str(interruption))
         return interruption.status
@@ -66,7 +69,7 @@ def with_weights(directory: Path, text: str | None, console: Console) -> None:
 
 def with_training(options: argparse.Namespace, console: Console) -> None:
     """Trains, measures and fills in."""
-    recipe = Recipe(
+    recipe = MaskedRecipe(
         n_steps=options.steps,
         batch_size=options.batch_size,
         n_positions=options.positions,
@@ -77,7 +80,13 @@ def with_training(options: argparse.Namespace, console: Console) -> None:
     tokens, mask = padded(
         parse(EXAMPLE if options.text is None else options.text), recipe.n_positions
     )
-    state = train(recipe, options.checkpoints, save_every=options.save_every, console=console)
+    state = train(
+        recipe,
+        read_corpus(held_out=False),
+        options.checkpoints,
+        save_every=options.save_every,
+        console=console,
+    )
     report(evaluate(recipe, state.params), console)
     show(fill(recipe.model(), state.params, tokens, mask), console)
 
@@ -102,58 +111,21 @@ def report(score: Score, console: Console) -> None:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, as everywhere in this program."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="perceiver_mlm.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _make_parser() -> Parser:
+    parser = Parser("perceiver_mlm.py", __doc__)
     parser.add_argument("--text", help="with [MASK] where a byte is to be filled in")
     parser.add_argument("--weights", type=Path, help="directory that save_pretrained wrote")
-    training = parser.add_argument_group("training, without --weights")
-    recipe = Recipe()
-    training.add_argument(
-        "--checkpoints",
-        type=Path,
-        default=Path("build/perceiver_mlm"),
-        help="directory of the training (default: %(default)s)",
-    )
+    recipe = MaskedRecipe()
     sizes = {
         "--steps": (recipe.n_steps, "training steps"),
-        "--save-every": (100, "steps from one checkpoint to the next"),
         "--batch-size": (recipe.batch_size, "texts a step"),
         "--positions": (recipe.n_positions, "bytes of a text, with two for its ends"),
         "--latents": (recipe.n_latents, "latents"),
-        "--width": (recipe.d_model, "features of tokens and latents"),
+        "--width": (recipe.d_model, "features of tokens and latents, a multiple of 4"),
         "--layers": (recipe.n_layers, "self-attention blocks"),
     }
-    for flag, (default, what) in sizes.items():
-        kind = _multiple_of_4 if flag == "--width" else _at_least_1
-        training.add_argument(
-            flag, type=kind, default=default, help=f"{what} (default: %(default)s)"
-        )
+    parser.add_training("build/perceiver_mlm", sizes)
     return parser
-
-
-def _at_least_1(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
-    return number
-
-
-def _multiple_of_4(text: str) -> int:
-    number = _at_least_1(text)
-    if number % 4:
-        raise argparse.ArgumentTypeError(f"{number} is no multiple of 4, the number of heads")
-    return number
 
 
 if __name__ == "__main__":

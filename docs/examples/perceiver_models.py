@@ -34,6 +34,7 @@ from jax import Array
 from flax_extra import combinator as cb
 from flax_extra import layer as xn
 from perceiver_io import Core, Function, learned, perceiver_io
+from tied_scores import TiedScores
 
 LANGUAGE = Core(n_latents=256, d_latents=1280, n_layers=26, n_heads_encoder=8, d_qk=256, d_v=1280)
 """The core of the published language model."""
@@ -91,19 +92,6 @@ def masked_language_model(
 def for_all_queries(mask: Array | None) -> Array | None:
     """Which inputs there are, ``[batch, time]``, as a mask for attention: ``[batch, 1, time]``."""
     return None if mask is None else mask[:, None, :]
-
-
-class TiedScores(nn.Module):
-    """Scores each token of an embedding, which stays the parameter of its own layer."""
-
-    embed: nn.Embed
-
-    @nn.compact
-    def __call__(self, outputs: Array) -> Array:
-        """``[batch, time, d_model]`` -> ``[batch, time, n_tokens]``."""
-        decoding = xn.EmbedDecoding(self.embed.embedding, name="decoding")
-        scores: Array = decoding(outputs)
-        return scores
 
 
 # Images: one label for each
