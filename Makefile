@@ -13,7 +13,7 @@ ON_MESH := JAX_PLATFORMS=cpu $(BIN)/python docs/examples/train_on_a_mesh.py
 MESH_PORT ?= 12355
 
 .DEFAULT_GOAL := help
-.PHONY: help demo perceiver mesh test test-fast slow-tests parity docs docs-test bench check format release-check dev clean
+.PHONY: help demo perceiver generate mesh test test-fast slow-tests parity docs docs-test bench check format release-check dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: $(VENV)/installed-demo ## train the digits autoencoder and draw what it re
 
 perceiver: $(VENV)/installed-perceiver ## train a language model on Python's own library and fill in masks
 	$(BIN)/python docs/examples/perceiver_mlm.py
+
+generate: $(VENV)/installed-generate ## train a decoder on Python's own library and write code with it
+	$(BIN)/python docs/examples/write_code.py
 
 mesh: $(VENV)/installed-perceiver ## train on a mesh of 8 devices, made of the processor, then on two processes of 4
 	JAX_NUM_CPU_DEVICES=8 $(ON_MESH) --mesh 4 2 --fsdp --checkpoints build/mesh_of_one_process
