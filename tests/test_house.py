@@ -25,6 +25,7 @@ ROOMS = [
     "combinator/_views",
     "combinator/_diagram",
     "combinator/_stream",
+    "combinator/_surgery",
     "combinator",
     "layer",
     "testing",

@@ -27,6 +27,9 @@ from flax_extra.combinator._core.inference import infer_signature
 from flax_extra.combinator._core.signature import Signature
 from flax_extra.combinator._diagram.svg import Diagram, diagram
 from flax_extra.combinator._stream.stream import Stream, StreamState, stream
+from flax_extra.combinator._surgery.layers import Layer, layers
+from flax_extra.combinator._surgery.replace import replace
+from flax_extra.combinator._surgery.transfer import transfer
 from flax_extra.combinator._views.shape_signature import ShapeSignature, shape_signature
 from flax_extra.combinator._views.shardings import ShardingRule, shardings
 from flax_extra.combinator._views.steps import Step
@@ -118,6 +121,11 @@ __all__ = [
     "switch",
     "stack_layers",
     "unstack_layers",
+    # changing a pipeline, and its variables with it
+    "layers",
+    "Layer",
+    "replace",
+    "transfer",
     # piece by piece
     "stream",
     "hold",

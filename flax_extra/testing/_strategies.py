@@ -426,27 +426,31 @@ def _fns(grammar: _Grammar) -> Parts:
     return st.builds(build, grammar.parts(), st.booleans())
 
 
-@st.composite
-def _repeats(draw: st.DrawFn, grammar: _Grammar) -> Part:
-    body, n = draw(grammar.parts()), draw(st.integers(0, 3))
-    n_carry = draw(st.none() | st.integers(0, 2))
-    options: dict[str, Any] = {"shared": draw(st.booleans()), "remat": draw(st.booleans())}
-    if n_carry is None:
-        body = not_growing(body)
-    # Copies that have parameters of their own cannot share a layer with what is outside.
-    if not options["shared"]:
-        (body,) = copy.deepcopy(cb.serial([body]))
-    if n_carry is None:
-        return cb.repeat(body, n, **options)
-    signature = cb.infer_signature(body)
-    n_carry = min(n_carry, signature.n_in, signature.n_out)
-    entries = [cb.fn(spread, n=n)] * (signature.n_in - n_carry)
-    sums = [add_up] * (signature.n_out - n_carry)
-    copies = cb.repeat(body, n, n_carry=n_carry, **options)
-    return cb.serial(
-        cb.parallel(cb.identity(n_carry), entries),
-        copies,
-        cb.parallel(cb.identity(n_carry), sums),
+def _repeats(grammar: _Grammar) -> Parts:
+    def build(f: Part, n: int, n_carry: int | None, shared: bool, remat: bool) -> Part:
+        body = not_growing(f) if n_carry is None else f
+        # Copies that have parameters of their own cannot share a layer with what is outside.
+        if not shared:
+            (body,) = copy.deepcopy(cb.serial([body]))
+        if n_carry is None:
+            return cb.repeat(body, n, shared=shared, remat=remat)
+        signature = cb.infer_signature(body)
+        n_carry = min(n_carry, signature.n_in, signature.n_out)
+        entries = [cb.fn(spread, n=n)] * (signature.n_in - n_carry)
+        sums = [add_up] * (signature.n_out - n_carry)
+        return cb.serial(
+            cb.parallel(cb.identity(n_carry), entries),
+            cb.repeat(body, n, n_carry=n_carry, shared=shared, remat=remat),
+            cb.parallel(cb.identity(n_carry), sums),
+        )
+
+    return st.builds(
+        build,
+        grammar.parts(),
+        st.integers(0, 3),
+        st.none() | st.integers(0, 2),
+        st.booleans(),
+        st.booleans(),
     )
 
 
@@ -557,7 +561,7 @@ def first_step(x: Array) -> Array:
 def spread(x: Array, n: int) -> Array:
     """Returns ``n`` multiples of an item on a new leading axis, one for each copy."""
     multiples = 1 + jnp.arange(n, dtype=x.dtype) / 4
-    return jnp.expand_dims(multiples, range(1, 1 + x.ndim)) * x
+    return jnp.expand_dims(multiples, range(1, 1 + x.ndim)) * x[None]
 
 
 def add_up(y: Array) -> Array:

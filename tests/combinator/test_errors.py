@@ -282,7 +282,7 @@ def test_an_exception_that_is_caught_inside_leaves_no_trace():
         (lambda: cb.keep(abs, 2), cb.SignatureError, "keeps the last 2 of f's inputs; f is abs"),
         (lambda: cb.dip(abs, -1), ValueError, "dip takes n of at least 0; got -1"),
         (lambda: cb.serial(abs)[1], IndexError, "serial has 1 child; there is no child 1"),
-        (lambda: cb.repeat(abs, 2)[1:], TypeError, "repeat[1:] would be a slice of the body"),
+        (lambda: cb.repeat(abs, 2)[[2]], IndexError, "repeat has 2 copies, numbered from 0; there"),
     ],
 )
 def test_what_is_wrong_when_built_is_said_when_built(build, error, text):

@@ -66,12 +66,6 @@ class TestFn:
 
 
 class TestRepeat:
-    @pytest.mark.parametrize("index", [slice(3), slice(1), slice(1, None), slice(None, None, 2)])
-    def test_a_slice_is_no_slice_of_the_copies(self, index):
-        p = cb.repeat(f, 6)
-        with pytest.raises(TypeError, match=r"repeat\[.*\] would be a slice of the body"):
-            p[index]
-
     def test_the_whole_is_the_whole(self):
         assert cb.repeat(f, 6)[:] == cb.repeat(f, 6)
         assert cb.Repeat([f], n=6) == cb.repeat(f, 6)

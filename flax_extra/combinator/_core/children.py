@@ -407,6 +407,13 @@ def _find_named(child: Child) -> Mapping[str, nn.Module]:
     return {module.name: module}
 
 
+def walk_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields a module, and all modules in it, if it is a pipeline."""
+    yield module
+    if is_pipeline(module):
+        yield from (part for part, _ in _walk_modules(module.children, None))
+
+
 def _walk_modules(
     children: Children, copies: Pipeline | None
 ) -> Iterator[tuple[nn.Module, Pipeline | None]]:

@@ -413,6 +413,12 @@ class Combinator(linen.Container):
             return pipeline
         return pipeline.clone(children=children, name=None)
 
+    @nn.nowrap
+    def _bind_parts(self, kind: type[Combinator]) -> Children:
+        """Returns the children, bound, if this is a combinator of a kind; else this as a child."""
+        bound = self.children.replace_modules(self._binding.find)
+        return bound if type(self) is kind else Children.of(self.clone(children=bound, name=None))
+
     # Operators
 
     @nn.nowrap
@@ -464,11 +470,23 @@ class Combinator(linen.Container):
 
 def join_operands(kind: type[C], left: Any, right: Any) -> C:
     """Builds what an operator means. It takes the children of an operand of the same kind."""
+    scope = _get_common_scope(left, right)
+    if scope is not None:
+        parts = [part._bind_parts(kind) for part in (left, right)]
+        return kind(parts[0].concatenate(parts[1]), parent=scope)
     parts = [
         part.children if type(part) is kind and not part._has_own_scope else Children.of(part)
         for part in (left, right)
     ]
     return kind(parts[0].concatenate(parts[1]))
+
+
+def _get_common_scope(*operands: Any) -> Any:
+    """Returns the scope of pipelines that are parts of one bound pipeline, if they are."""
+    if not all(isinstance(f, Combinator) and f._host is None for f in operands):
+        return None
+    scopes = {id(f.scope): f.scope for f in operands}
+    return next(iter(scopes.values())) if len(scopes) == 1 else None
 
 
 @functools.cache

@@ -444,13 +444,6 @@ def would_lose(f: str, declared: str) -> TypeError:
     )
 
 
-def slice_of_copies(label: str, n: int, index: str) -> TypeError:
-    return TypeError(
-        f"{label}[{index}] would be a slice of the body, which is one callable; its {n} copies are "
-        f"no children. For some of the copies: pipeline.copies[{index}]."
-    )
-
-
 def shared_across_copies(module: str, copies: str) -> SharingError:
     return SharingError(
         f"One instance of {module} is used both inside and outside of {copies}, whose copies have "

@@ -28,7 +28,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
+import jax
 from flax import linen as nn
+from flax.core import FrozenDict, freeze
 from flax.core import scope as flax_scope
 from flax.core import unfreeze as flax_unfreeze
 from flax.linen import module as linen_module
@@ -232,6 +234,19 @@ def allow_layers(owner: nn.Module) -> Iterator[None]:
         state.in_setup, state.setup_called = before
 
 
+def list_fields(module: nn.Module) -> list[nn.Module]:
+    """Lists the modules in the fields of a module, bound if it is bound."""
+    if module.scope is not None:
+        module._try_setup(shallow=True)
+    values = [
+        getattr(module, field.name)
+        for field in dataclasses.fields(module)
+        if field.init and field.name not in ("parent", "name")
+    ]
+    leaves = jax.tree_util.tree_leaves(values)
+    return [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
+
+
 def forget_layer(host: nn.Module, name: str, kind: str) -> None:
     """Makes a module forget a layer, so that its name can be given again."""
     host._state.children.pop(name, None)
@@ -273,6 +288,11 @@ def unfreeze(variables: Any) -> dict[str, Any]:
     """Returns variables as dictionaries that can be changed. Linen may give frozen ones."""
     unfrozen: dict[str, Any] = flax_unfreeze(variables)
     return unfrozen
+
+
+def freeze_like(variables: dict[str, Any], like: Any) -> Any:
+    """Returns variables as frozen dictionaries, if others are."""
+    return freeze(variables) if isinstance(like, FrozenDict) else variables
 
 
 def declare_variable(

@@ -28,6 +28,7 @@ class Typed(Combinator):
     """A pipeline with its shapes declared. See :func:`typed`."""
 
     declared: str = ""
+    context: tuple[tuple[str, Any], ...] = ()
     _is_visible: ClassVar[bool] = False
 
     @functools.cached_property
@@ -98,7 +99,7 @@ def typed(f: Callable[..., Any], declared: str, **context: Any) -> Typed:
     if found != asked:
         step = _find_wrong_step(run.root, asked.outputs, found.outputs)
         raise errors.other_shapes(str(asked), str(found), step)
-    return Typed(children, declared=str(asked))
+    return Typed(children, declared=str(asked), context=tuple(context.items()))
 
 
 def _find_wrong_step(root: StepRecord, asked: Stack, found: Stack) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from flax_extra.combinator._core import errors
+from flax_extra.combinator._cache.cache import COLLECTION
+from flax_extra.combinator._core import errors, surgery_errors
 from flax_extra.combinator._core.checks import as_integer, check_at_least
 from flax_extra.combinator._core.children import make_only_child
+from flax_extra.combinator._core.copying import Copier
 from flax_extra.combinator._core.describe import describe_item, describe_stack
 from flax_extra.combinator._core.expression import Argument, format_short, list_fields
 from flax_extra.combinator._core.linen import static_property
@@ -27,6 +30,9 @@ from flax_extra.combinator._words.lift import (
 )
 from flax_extra.combinator._words.loop import LAYERS_AXIS, Loop
 
+PER_COPY = (COLLECTION, "intermediates")
+"""The collections of which each copy has its own even if all share their parameters."""
+
 
 class Repeat(Lifted):
     """Copies of a callable in series. See :func:`repeat`."""
@@ -37,6 +43,12 @@ class Repeat(Lifted):
     unroll: int = 1
     axis_name: str | None = LAYERS_AXIS
     n_carry: int | None = None
+    copies: tuple[int, ...] | None = None
+
+    @static_property
+    def _copies(self) -> tuple[int, ...]:
+        """The numbers of its copies. Those of a slice are the numbers in the whole."""
+        return tuple(range(self.n)) if self.copies is None else self.copies
 
     @static_property
     def _n_carry(self) -> int:
@@ -60,6 +72,11 @@ class Repeat(Lifted):
             check_policy("repeat", "remat", self.remat)
         check_at_least("repeat", "n", 0, self.n)
         check_at_least("repeat", "unroll", 1, self.unroll)
+        if self.copies is not None:
+            numbers = tuple(as_integer("repeat", "copies", number) for number in self.copies)
+            if len(numbers) != self.n:
+                raise surgery_errors.copies_without_number(self.n, len(numbers))
+            self.copies = None if numbers == tuple(range(self.n)) else numbers
         signature, text = self.children[0].signature, format_short(self.children[0].target)
         if self.n_carry is not None:
             self.n_carry = as_integer("repeat", "n_carry", self.n_carry)
@@ -92,7 +109,7 @@ class Repeat(Lifted):
             unroll=self.unroll,
             has_copies=not self.shared,
             axis_name=self._axis_name,
-            per_turn=("cache",),
+            per_turn=(COLLECTION,),
         )
         carry, ys = loop.run(carry, xs)
         return put(put(carry, ys), rest)
@@ -108,10 +125,59 @@ class Repeat(Lifted):
                         steps.path, self.n, index, text, describe_stack(stack)
                     )
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice) and index != slice(None):
-            raise errors.slice_of_copies(self._label, self.n, _format_slice(index))
-        return super().__getitem__(index)
+    @nn.nowrap
+    def __getitem__(self, index: Any) -> Any:
+        """Returns the body for the index 0, or a repeat with some of the copies.
+
+        A slice or a sequence of numbers selects copies. They know their numbers, so that
+        :func:`transfer` gives each the variables that it had. The copies of a bound repeat are
+        bound to theirs.
+        """
+        if isinstance(index, slice):
+            positions = tuple(range(self.n))[index]
+        elif isinstance(index, Iterable):
+            positions = tuple(self._find_position(as_integer("repeat", "i", i)) for i in index)
+        else:
+            return super().__getitem__(index)
+        return self if positions == tuple(range(self.n)) else self._take_copies(positions)
+
+    @nn.nowrap
+    def _find_position(self, index: int) -> int:
+        if not -self.n <= index < self.n:
+            raise surgery_errors.no_such_copy(self._label, index, self.n)
+        return index % self.n
+
+    @nn.nowrap
+    def _take_copies(self, positions: tuple[int, ...]) -> Repeat:
+        """Returns a repeat with the copies at some positions: bound, if this is bound."""
+        numbers = tuple(self._copies[i] for i in positions)
+        if self.scope is None:
+            # Two slices of one repeat may stand in one pipeline: each has parameters of its own.
+            children = self.children if self.shared else self.children.replace_modules(Copier())
+            return self.clone(n=len(numbers), copies=numbers, children=children)
+        if self.is_initializing():
+            raise surgery_errors.slice_while_initializing(self._label)
+        if self.shared and not any(map(self._has_entries, self.variables)):
+            bound = self.children.replace_modules(self._binding.find)
+            return self.clone(
+                n=len(numbers), copies=numbers, children=bound, name=None, parent=self.scope
+            )
+        at = np.array(positions, int)
+        variables = {
+            collection: jax.tree.map(lambda x: x[at], tree)
+            if self._has_entries(collection)
+            else tree
+            for collection, tree in self.variables.items()
+        }
+        rngs = {name: rng.as_jax_rng() for name, rng in self.scope.rngs.items()}
+        free = self.children.replace_modules(Copier())
+        some = self.clone(n=len(numbers), copies=numbers, children=free, name=None)
+        return some.bind(variables, rngs=rngs)
+
+    @nn.nowrap
+    def _has_entries(self, collection: str) -> bool:
+        """Whether the variables of a collection have an entry for each copy."""
+        return not self.shared or collection in PER_COPY
 
     @static_property
     def _arguments(self) -> list[Argument]:
@@ -158,7 +224,8 @@ def repeat(
         name: the name of its scope; ``Repeat_0``, ``Repeat_1``, ... if left out.
 
     Returns:
-        A combinator with the signature of ``f``.
+        A combinator with the signature of ``f``. A slice of it has some of the copies:
+        ``repeat(f, 6)[:3]`` is the first three, and those of a bound one have their variables.
 
     Raises:
         SignatureError: If ``f`` gives more items than it takes, or does not take and give
@@ -194,8 +261,3 @@ def repeat(
         n_carry=n_carry,
         name=name,
     )
-
-
-def _format_slice(index: slice) -> str:
-    parts = ["" if part is None else str(part) for part in (index.start, index.stop)]
-    return ":".join(parts if index.step is None else [*parts, str(index.step)])

@@ -1,0 +1,1 @@
+"""Changes a pipeline, and its variables with it."""
