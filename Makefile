@@ -43,7 +43,7 @@ slow-tests: $(VENV)/installed-test ## measure which tests test-fast leaves out, 
 	rm -rf .pytest_cache
 	HYPOTHESIS_PROFILE=fast $(PYTEST) $(FAST) --write-slow
 
-parity: $(VENV)/installed-parity ## compare the layers with torch, the Perceivers with transformers
+parity: $(VENV)/installed-parity ## compare the layers with torch, the published models with transformers
 	$(PYTEST) tests/parity
 
 docs: $(VENV)/installed-docs ## build the documentation site in build/docs/html; its pages run

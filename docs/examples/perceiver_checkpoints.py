@@ -1,271 +1,203 @@
-"""Weights that Hugging Face's transformers saved, in the parameter tree of our pipelines.
+"""The Perceivers of Hugging Face's transformers: their configurations and weights in our words.
 
 Three of its classes are known: ``PerceiverForMaskedLM``, ``PerceiverForImageClassificationFourier``
-and ``PerceiverForMultimodalAutoencoding``. What ``save_pretrained`` wrote is read as it lies there:
+and ``PerceiverForMultimodalAutoencoding``. Each is built by one of the functions of
+perceiver_models.py; images and videos go in with their colours last.
 
-    model, variables = load("directory")
+    model, variables = PERCEIVERS.load("directory")  # that save_pretrained wrote
     logits = model.apply(variables, tokens, mask)
-
-Two differences of layout are ours to bridge. A linear layer of torch holds its weight as
-``[out, in]``, one of linen as ``[in, out]``, split by heads where it is attention's. And torch has
-a module for each self-attention block, where ``repeat`` stacks them on a leading axis. Images and
-videos go in with their colours last.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from flax import linen as nn
 
+from checkpoint_names import ACTIVATIONS, Architecture, Settings, Weight, linear, norm
+from checkpoints import Family
 from flax_extra import combinator as cb
-from perceiver_architectures import ARCHITECTURES, CheckpointError, Settings, architecture_of
-
-__all__ = [
-    "CheckpointError",
-    "from_huggingface",
-    "load",
-    "pipeline",
-    "read_config",
-    "read_weights",
-    "shapes_in_huggingface",
-]
+from flax_extra import layer as xn
+from perceiver_io import Core
+from perceiver_models import Clip, image_classifier, masked_language_model, multimodal_autoencoder
 
 
-def load(directory: str | Path, architecture: str | None = None) -> tuple[cb.Combinator, Any]:
-    """The model and the variables of a directory that ``save_pretrained`` wrote.
-
-    Args:
-        directory: with ``config.json`` and ``model.safetensors`` in it, or its shards.
-        architecture: the class that is wanted; any of those known where None.
-
-    Returns:
-        The pipeline and its variables, for ``model.apply(variables, ...)``.
-
-    Raises:
-        CheckpointError: where it is not such a directory, or holds another model.
-    """
-    config = read_config(directory, architecture)
-    return pipeline(config), from_huggingface(directory, config)
-
-
-def pipeline(config: Mapping[str, Any]) -> cb.Combinator:
-    """The model of a configuration.
-
-    Args:
-        config: what ``config.json`` holds; the first of its ``architectures`` says which model.
-
-    Returns:
-        One of the pipelines of perceiver_models.py.
-
-    Raises:
-        CheckpointError: where the configuration is of another model, or lacks something.
-    """
-    return ARCHITECTURES[architecture_of(config)].build(Settings(config))
+def _core(config: Settings) -> Core:
+    return Core(
+        n_latents=config.num_latents,
+        d_latents=config.d_latents,
+        n_layers=config.num_self_attends_per_block,
+        n_shards=config.num_blocks,
+        n_heads=config.num_self_attention_heads,
+        n_heads_encoder=config.num_cross_attention_heads,
+        d_qk=config.qk_channels,
+        d_v=config.v_channels,
+        widening_factor=config.self_attention_widening_factor,
+        widening_factor_encoder=config.cross_attention_widening_factor,
+        query_residual=config.use_query_residual,
+        attention=config.choose("cross_attention_shape_for_attention", ATTENTIONS),
+        feed_forward=functools.partial(
+            xn.FeedForward, activation=config.choose("hidden_act", ACTIVATIONS)
+        ),
+    )
 
 
-def from_huggingface(
-    state_dict: Mapping[str, Any] | str | Path, config: Mapping[str, Any] | str | Path
-) -> dict[str, Any]:
-    """The variables of :func:`pipeline` with the weights of a model of transformers.
-
-    Args:
-        state_dict: weights by name, arrays or torch tensors; or a safetensors file, an index of
-            its shards, or a directory with one of them.
-        config: what ``config.json`` holds, or where it is.
-
-    Returns:
-        ``{"params": ...}``, in float32.
-
-    Raises:
-        CheckpointError: where a file cannot be read, the configuration is of another model, or
-            weights are missing, not expected or of another shape: it lists all of them.
-    """
-    if isinstance(config, str | Path):
-        config = read_config(config)
-    if isinstance(state_dict, str | Path):
-        state_dict = read_weights(state_dict)
-    wanted = _wanted(config)
-    _check(wanted.values(), state_dict, architecture_of(config))
-    arrays = {path: jnp.asarray(weight.read(state_dict)) for path, weight in wanted.items()}
-    return {"params": unflatten_dict(arrays, sep="/")}  # type: ignore[no-untyped-call]
+def _features_of_queries(inputs_q: jax.Array, *_: Any) -> int:
+    return int(inputs_q.shape[-1])
 
 
-def shapes_in_huggingface(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the weights that a configuration asks for.
-
-    Raises:
-        CheckpointError: where the configuration is of another model.
-    """
-    return _torch_shapes(_wanted(config).values())
+ATTENTIONS: Mapping[str, Callable[..., nn.Module]] = {
+    "kv": xn.KVQAttention,
+    "q": functools.partial(xn.KVQAttention, d_qk=_features_of_queries),
+}
+"""What queries and keys have the features of, where no number is given."""
 
 
-def _wanted(config: Mapping[str, Any]) -> dict[str, _Weight]:
-    names = ARCHITECTURES[architecture_of(config)].names
-    flat: dict[str, Any] = flatten_dict(_abstract_params(config), sep="/")  # type: ignore[no-untyped-call]
+def _language(config: Settings) -> cb.Combinator:
+    return masked_language_model(
+        _core(config),
+        n_tokens=config.vocab_size,
+        n_positions=config.max_position_embeddings,
+        d_model=config.d_model,
+    )
+
+
+def _image(config: Settings) -> cb.Combinator:
+    return image_classifier(_core(config), n_labels=_count_labels(config))
+
+
+def _multimodal(config: Settings) -> cb.Combinator:
+    frames, size = config.num_frames, config.image_size
+    clip = Clip(
+        n_samples=frames * config.audio_samples_per_frame,
+        samples_per_patch=config.samples_per_patch,
+        video_shape=tuple(config.output_shape[1:4]),
+        max_resolution=(frames, size, size),
+        n_labels=_count_labels(config),
+        d_label_query=config._label_trainable_num_channels,
+    )
+    return multimodal_autoencoder(_core(config), clip, d_output=config.output_num_channels)
+
+
+def _count_labels(config: Settings) -> int:
+    """Counts the labels: transformers writes their names instead, unless there are 2."""
+    names = config.get("id2label")
+    return int(config.get("num_labels", 2)) if names is None else len(names)
+
+
+# Inputs of the right shapes: parameters are known once a model has seen some
+
+
+def _language_inputs(config: Settings) -> list[Any]:
+    return [np.zeros((1, config.max_position_embeddings), np.int32), None]
+
+
+def _image_inputs(config: Settings) -> list[Any]:
+    del config  # transformers, too, takes no other size
+    return [np.zeros((1, 224, 224, 3), np.float32)]
+
+
+def _multimodal_inputs(config: Settings) -> list[Any]:
+    _, frames, rows, columns = config.output_shape
+    return [
+        np.zeros((1, config.num_frames * config.audio_samples_per_frame), np.float32),
+        np.zeros((1, frames, rows, columns, 3), np.float32),
+        np.zeros((1, _count_labels(config)), np.float32),
+        np.zeros((1, 1), np.int32),
+        np.zeros((1, 1), np.int32),
+    ]
+
+
+# Names: ours -> theirs
+
+
+def _self_attention(ours: str, theirs: str) -> dict[str, Weight]:
     return {
-        path: _Weight(names[path], path.rpartition("/")[2], leaf.shape)
-        for path, leaf in flat.items()
+        **norm(f"{ours}/norm_inputs", f"{theirs}.attention.self.layernorm1"),
+        **linear(f"{ours}/attention/query", f"{theirs}.attention.self.query"),
+        **linear(f"{ours}/attention/key", f"{theirs}.attention.self.key"),
+        **linear(f"{ours}/attention/value", f"{theirs}.attention.self.value"),
+        **linear(f"{ours}/attention/out", f"{theirs}.attention.output.dense"),
+        **norm(f"{ours}/norm", f"{theirs}.layernorm"),
+        **linear(f"{ours}/feed_forward/Dense_0", f"{theirs}.mlp.dense1"),
+        **linear(f"{ours}/feed_forward/Dense_1", f"{theirs}.mlp.dense2"),
     }
 
 
-def _abstract_params(config: Mapping[str, Any]) -> Any:
-    inputs = ARCHITECTURES[architecture_of(config)].inputs(Settings(config))
-    try:
-        return jax.eval_shape(pipeline(config).init, jax.random.key(0), *inputs)["params"]
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"The configuration makes no model: {error}") from error
+def _cross_attention(ours: str, theirs: str) -> dict[str, Weight]:
+    return {
+        **_self_attention(ours, theirs),
+        **norm(f"{ours}/norm_queries", f"{theirs}.attention.self.layernorm1"),
+        **norm(f"{ours}/norm_inputs", f"{theirs}.attention.self.layernorm2"),
+    }
 
 
-# One weight, theirs and ours
+CORE_NAMES = {
+    "latents/positional_encoding": Weight("perceiver.embeddings.latents"),
+    **_cross_attention("encoder", "perceiver.encoder.cross_attention"),
+    **_self_attention("processor/layers", "perceiver.encoder.self_attends.{layer}"),
+}
+
+LANGUAGE_NAMES = {
+    **CORE_NAMES,
+    "embed/embedding": Weight("perceiver.input_preprocessor.embeddings.weight"),
+    "positions/positional_encoding": Weight(
+        "perceiver.input_preprocessor.position_embeddings.weight"
+    ),
+    "queries/positional_encoding": Weight(
+        "perceiver.decoder.output_position_encodings.position_embeddings"
+    ),
+    **_cross_attention("decoder", "perceiver.decoder.decoding_cross_attention"),
+    "scores/decoding/bias": Weight("embedding_decoder.bias"),
+}
+
+IMAGE_NAMES = {
+    **CORE_NAMES,
+    "queries/positional_encoding": Weight(
+        "perceiver.decoder.decoder.output_position_encodings.position_embeddings"
+    ),
+    **_cross_attention("decoder", "perceiver.decoder.decoder.decoding_cross_attention"),
+    **linear("logits", "perceiver.decoder.decoder.final_layer"),
+}
+
+MODALITIES = ("audio", "image", "label")
+"""Sound, video and label: their order in a clip is transformers' as well, which is alphabetical."""
+
+MULTIMODAL_NAMES = {
+    **CORE_NAMES,
+    **_cross_attention("chunks/decoder", "perceiver.decoder.decoder.decoding_cross_attention"),
+    **linear("chunks/outputs", "perceiver.decoder.decoder.final_layer"),
+    "chunks/queries/position_encoder_2/positional_encoding": Weight(
+        "perceiver.decoder.modalities.label.decoder.output_position_encodings.position_embeddings"
+    ),
+}
+for _index, _modality in enumerate(MODALITIES):
+    MULTIMODAL_NAMES |= {
+        f"inputs/padding_{_index}/padding": Weight(
+            f"perceiver.input_preprocessor.padding.{_modality}"
+        ),
+        f"inputs/masking_{_index}/mask": Weight(f"perceiver.input_preprocessor.mask.{_modality}"),
+        f"chunks/queries/padding_{_index}/padding": Weight(
+            f"perceiver.decoder.padding.{_modality}"
+        ),
+        **linear(
+            f"chunks/modalities/decoder_{_index}/embedding_decoder",
+            f"perceiver.output_postprocessor.modalities.{_modality}.classifier",
+        ),
+    }
 
 
-class _Weight(NamedTuple):
-    """A parameter of ours, and what it is called in torch: one name, or one for each layer."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-
-    @property
-    def is_stacked(self) -> bool:
-        return "{layer}" in self.name
-
-    @property
-    def one_shape(self) -> tuple[int, ...]:
-        return self.shape[1:] if self.is_stacked else self.shape
-
-    @property
-    def torch_shape(self) -> tuple[int, ...]:
-        if self.kind == "kernel":
-            n_in, *n_out = self.one_shape
-            return math.prod(n_out), n_in
-        return (math.prod(self.one_shape),) if self.kind == "bias" else self.one_shape
-
-    @property
-    def torch_names(self) -> list[str]:
-        if not self.is_stacked:
-            return [self.name]
-        return [self.name.format(layer=layer) for layer in range(self.shape[0])]
-
-    def read(self, state_dict: Mapping[str, Any]) -> np.ndarray:
-        arrays = [np.asarray(state_dict[name], np.float32) for name in self.torch_names]
-        if self.kind == "kernel":
-            arrays = [array.T for array in arrays]
-        return np.stack(arrays).reshape(self.shape)
-
-
-def _torch_shapes(wanted: Iterable[_Weight]) -> dict[str, tuple[int, ...]]:
-    return {name: weight.torch_shape for weight in wanted for name in weight.torch_names}
-
-
-def _check(wanted: Iterable[_Weight], state_dict: Mapping[str, Any], architecture: str) -> None:
-    shapes = _torch_shapes(wanted)
-    found = {name: tuple(array.shape) for name, array in state_dict.items()}
-    missing = [f"{name} {shapes[name]}" for name in shapes if name not in found]
-    unexpected = [f"{name} {found[name]}" for name in found if name not in shapes]
-    other = [
-        f"{name} is {found[name]}, not {shape}"
-        for name, shape in shapes.items()
-        if name in found and found[name] != shape
-    ]
-    if missing or unexpected or other:
-        raise _not_its_weights(architecture, missing, unexpected, other)
-
-
-def _not_its_weights(
-    architecture: str, missing: list[str], unexpected: list[str], other: list[str]
-) -> CheckpointError:
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": other}
-    counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items() if names)
-    details = [f"  {kind}: {name}" for kind, names in kinds.items() for name in names]
-    return CheckpointError(
-        "\n".join(
-            [
-                f"These are not the weights of a {architecture} of this configuration: {counts}.",
-                *details,
-                "Give the config.json that was saved with them.",
-            ]
-        )
-    )
-
-
-# Files
-
-
-def read_config(path: str | Path, architecture: str | None = None) -> dict[str, Any]:
-    """A configuration: of a directory, or a file of its own.
-
-    Args:
-        path: the directory or the file.
-        architecture: the class that is wanted; any of those known where None.
-
-    Raises:
-        CheckpointError: where there is none, or it is of another model.
-    """
-    path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    config = _read_json(file)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is no configuration: it holds a {type(config).__name__}.")
-    found = architecture_of(config)
-    if architecture not in (None, found):
-        raise CheckpointError(f"{path} holds a {found}; asked for was a {architecture}.")
-    return config
-
-
-def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """The weights by name: of a safetensors file, an index of its shards, or a directory.
-
-    Raises:
-        CheckpointError: where there are none, or a file is not whole.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = _weights_in(path)
-    if path.suffix != ".json":
-        return _read_safetensors(path)
-    index = _read_json(path)
-    shards = sorted(set(index.get("weight_map", {}).values())) if isinstance(index, dict) else []
-    if not shards:
-        raise CheckpointError(f"{path} is no index of weights: it has no 'weight_map'.")
-    weights: dict[str, np.ndarray] = {}
-    for shard in shards:
-        weights |= _read_safetensors(path.parent / shard)
-    return weights
-
-
-def _weights_in(directory: Path) -> Path:
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        if (directory / name).exists():
-            return directory / name
-    others = sorted(path.name for path in directory.iterdir())
-    raise CheckpointError(
-        f"{directory} has no model.safetensors: it holds {', '.join(others) or 'nothing'}. "
-        "Save the model with transformers' save_pretrained."
-    )
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+PERCEIVERS = Family(
+    {
+        "PerceiverForMaskedLM": Architecture(_language, _language_inputs, LANGUAGE_NAMES),
+        "PerceiverForImageClassificationFourier": Architecture(_image, _image_inputs, IMAGE_NAMES),
+        "PerceiverForMultimodalAutoencoding": Architecture(
+            _multimodal, _multimodal_inputs, MULTIMODAL_NAMES
+        ),
+    }
+)
+"""What is known, by the name of transformers' class."""

@@ -26,11 +26,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from checkpoint_files import CheckpointError
+from checkpoint_names import Settings
 from command_line import Parser
 from corpus import read_corpus
 from flax_extra import combinator as cb
-from perceiver_architectures import Settings
-from perceiver_checkpoints import CheckpointError, from_huggingface, pipeline, read_config
+from model_commands import track_weights
+from perceiver_checkpoints import PERCEIVERS
 from perceiver_text import MASK, N_SPECIAL, TextError, as_bytes, padded, parse
 from perceiver_training import MaskedRecipe, Score, evaluate
 from training import Interrupted, TrainingError, train
@@ -60,11 +62,11 @@ def with_weights(directory: Path, text: str | None, console: Console) -> None:
     """Fills in with published weights."""
     if text is None:
         raise TextError('There is no text. Give one: --text "..." with [MASK] in it.')
-    config = read_config(directory, "PerceiverForMaskedLM")
+    config = PERCEIVERS.read_config(directory, "PerceiverForMaskedLM")
     # The text comes first, for there are many weights to read.
     tokens, mask = padded(parse(text), Settings(config).max_position_embeddings)
-    variables = from_huggingface(directory, config)
-    show(fill(pipeline(config), variables, tokens, mask), console)
+    variables = PERCEIVERS.read(directory, config, track=track_weights)
+    show(fill(PERCEIVERS.build(config), variables, tokens, mask), console)
 
 
 def with_training(options: argparse.Namespace, console: Console) -> None:

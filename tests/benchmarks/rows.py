@@ -280,7 +280,7 @@ def _language_model(mode: str) -> Implementations:
     import optax
     import transformers
 
-    from perceiver_checkpoints import from_huggingface, pipeline
+    from perceiver_checkpoints import PERCEIVERS
 
     torch = _torch()
     config = transformers.PerceiverConfig(
@@ -290,7 +290,7 @@ def _language_model(mode: str) -> Implementations:
     )  # fmt: skip
     theirs = transformers.PerceiverForMaskedLM(config)
     named = {**theirs.config.to_dict(), "architectures": ["PerceiverForMaskedLM"]}
-    ours, variables = pipeline(named), from_huggingface(theirs.state_dict(), named)
+    ours, variables = PERCEIVERS.build(named), PERCEIVERS.read(theirs.state_dict(), named)
     tokens = np.random.default_rng(0).integers(6, 262, (2, 1024)).astype(np.int32)
     mask = np.ones_like(tokens)
     t_tokens, t_mask = torch.tensor(tokens).long(), torch.tensor(mask)

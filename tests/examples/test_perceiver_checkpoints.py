@@ -15,15 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from perceiver_checkpoints import (
-    CheckpointError,
-    from_huggingface,
-    load,
-    pipeline,
-    read_config,
-    read_weights,
-    shapes_in_huggingface,
-)
+from checkpoint_files import CheckpointError, SavedWeights
+from perceiver_checkpoints import PERCEIVERS
 
 CONFIG: dict[str, Any] = {
     "model_type": "perceiver",
@@ -50,7 +43,7 @@ CONFIG: dict[str, Any] = {
 @functools.cache
 def weights() -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
-    shapes = shapes_in_huggingface(CONFIG)
+    shapes = PERCEIVERS.shapes(CONFIG)
     return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -63,7 +56,7 @@ def saved(directory: Path, changed: dict[str, Any] | None = None) -> Path:
 
 def test_linear_layers_are_turned_and_layers_stacked():
     state = dict(weights())
-    params = from_huggingface(state, CONFIG)["params"]
+    params = PERCEIVERS.read(state, CONFIG)["params"]
     layers = params["processor"]["layers"]
     for i in range(2):
         theirs = f"perceiver.encoder.self_attends.{i}."
@@ -80,12 +73,12 @@ def test_linear_layers_are_turned_and_layers_stacked():
 
 def test_files_and_directories(tmp_path):
     saved(tmp_path)
-    expected = from_huggingface(weights(), CONFIG)
+    expected = PERCEIVERS.read(weights(), CONFIG)
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     for given in (
-        from_huggingface(file, config),
-        from_huggingface(str(tmp_path), tmp_path),
-        load(tmp_path)[1],
+        PERCEIVERS.read(file, config),
+        PERCEIVERS.read(str(tmp_path), tmp_path),
+        PERCEIVERS.load(tmp_path)[1],
     ):
         assert str(given) == str(expected)
 
@@ -98,10 +91,10 @@ def test_shards(tmp_path):
     where = {name: shard for shard, of_shard in shards.items() for name in of_shard}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    assert read_weights(tmp_path).keys() == weights().keys()
+    assert SavedWeights(tmp_path).keys() == weights().keys()
     index.write_text("{}")
     with pytest.raises(CheckpointError, match=r"is no index of weights: it has no 'weight_map'\.$"):
-        read_weights(tmp_path)
+        SavedWeights(tmp_path)
 
 
 def test_all_that_does_not_fit_is_listed():
@@ -111,7 +104,7 @@ def test_all_that_does_not_fit_is_listed():
     state["classifier.weight"] = np.zeros((2, 8))
     state["embedding_decoder.bias"] = np.zeros(100)
     with pytest.raises(CheckpointError) as caught:
-        from_huggingface(state, CONFIG)
+        PERCEIVERS.read(state, CONFIG)
     first, *others = str(caught.value).split("\n")
     assert first == (
         "These are not the weights of a PerceiverForMaskedLM of this configuration: "
@@ -127,11 +120,13 @@ def test_all_that_does_not_fit_is_listed():
 
 
 KNOWN = (
-    "Of type 'perceiver' these classes are known: PerceiverForMaskedLM, "
-    "PerceiverForImageClassificationFourier, PerceiverForMultimodalAutoencoding."
+    "Known here are: PerceiverForMaskedLM, PerceiverForImageClassificationFourier, "
+    "PerceiverForMultimodalAutoencoding."
 )
 OF_MODEL = "The configuration is of a model of type"
-ACTIVATIONS = "'gelu', 'gelu_new', 'gelu_pytorch_tanh', 'relu', 'silu', 'swish', 'tanh'."
+ACTIVATIONS = (
+    "'gelu', 'gelu_new', 'gelu_pytorch_tanh', 'quick_gelu', 'relu', 'silu', 'swish', 'tanh'."
+)
 
 
 @pytest.mark.parametrize(
@@ -153,42 +148,44 @@ ACTIVATIONS = "'gelu', 'gelu_new', 'gelu_pytorch_tanh', 'relu', 'silu', 'swish',
 )
 def test_configurations_of_other_models(changed, message):
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
-        pipeline(CONFIG | changed)
+        PERCEIVERS.build(CONFIG | changed)
 
 
 def test_what_a_configuration_lacks_is_said():
     config = {key: value for key, value in CONFIG.items() if key != "d_latents"}
-    with pytest.raises(CheckpointError, match=r"^The configuration has no 'd_latents'\. Is it of"):
-        pipeline(config)
+    with pytest.raises(
+        CheckpointError, match=r"^The configuration, of type 'perceiver', has no 'd_latents'\.$"
+    ):
+        PERCEIVERS.build(config)
 
 
 def test_a_configuration_that_makes_no_model():
     message = r"^The configuration makes no model: .* 8 .* 3"
     with pytest.raises(CheckpointError, match=message):
-        from_huggingface({}, CONFIG | {"num_self_attention_heads": 3})
+        PERCEIVERS.read({}, CONFIG | {"num_self_attention_heads": 3})
 
 
 def test_directories_that_hold_something_else(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"config.json cannot be read as JSON: .*No such file"
     ):
-        load(tmp_path)
+        PERCEIVERS.load(tmp_path)
     saved(tmp_path)
     with pytest.raises(
         CheckpointError, match=r"holds a PerceiverForMaskedLM; asked for was a BertModel\.$"
     ):
-        read_config(tmp_path, "BertModel")
+        PERCEIVERS.read_config(tmp_path, "BertModel")
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be read as safetensors: Error while"):
-        load(tmp_path)
+        PERCEIVERS.load(tmp_path)
     file.rename(tmp_path / "pytorch_model.bin")
     message = (
         f"{tmp_path} has no model.safetensors: it holds config.json, pytorch_model.bin. "
         "Save the model with transformers' save_pretrained."
     )
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
-        load(tmp_path)
+        PERCEIVERS.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"is no configuration: it holds a list\.$"):
-        load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config.json holds a list, not an object\.$"):
+        PERCEIVERS.load(tmp_path)

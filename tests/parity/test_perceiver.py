@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from perceiver_checkpoints import from_huggingface, load, pipeline
+from perceiver_checkpoints import PERCEIVERS
 from perceiver_models import in_chunks
 
 PARITY = "comes with the extra flax_extra[parity]"
@@ -54,7 +54,7 @@ def config_of(model: Any) -> dict[str, Any]:
 
 def ours(model: Any) -> tuple[Any, Any]:
     config = config_of(model)
-    return pipeline(config), from_huggingface(model.state_dict(), config)
+    return PERCEIVERS.build(config), PERCEIVERS.read(model.state_dict(), config)
 
 
 def normal(*shape: int, seed: int) -> np.ndarray:
@@ -128,7 +128,7 @@ def test_gradients_of_the_language_model(sizes, is_padded):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    expected = from_huggingface(gradients, config_of(theirs))
+    expected = PERCEIVERS.read(gradients, config_of(theirs))
     found = jax.jit(jax.grad(loss))(variables)
     jax.tree_util.tree_map_with_path(assert_relative, found, expected)
 
@@ -217,7 +217,7 @@ def test_a_directory_that_save_pretrained_wrote(kind, shard, tmp_path):
     theirs = reference(kind, **MODELS[kind])
     theirs.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors").exists() == (shard == "1GB")
-    model, variables = load(tmp_path, kind)
+    model, variables = PERCEIVERS.load(tmp_path, kind)
     expected_model, expected = ours(theirs)
     assert str(model) == str(expected_model)
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
