@@ -375,6 +375,21 @@ def test_another_attention_fn_streams_too() -> None:
     check_equal(jnp.concatenate([first, second], axis=1), model.apply(variables, X))
 
 
+def test_a_window_needs_no_capacity_and_never_ends() -> None:
+    model = cb.fn(PLAIN.copy(causal=True, window=3), mask=None)
+    stream = cb.stream(model, "f32[b, t, 8]")
+    assert stream.room is None
+    assert stream.state_shapes(2).cache["SelfAttention_0"]["keys"].shape == (2, 3, 4, 2)
+    assert cb.stream(model, "f32[b, t, 8]", capacity=2).room == 2
+    assert cb.stream(model, "f32[b, t, 8]", capacity=5).room is None
+    variables = spread(model.init(KEY, X))
+    step, state, blocks = jax.jit(stream.step), stream.start(2), []
+    for at in range(7):
+        state, y = step(variables, state, X[:, at : at + 1])
+        blocks.append(y)
+    check_equal(jnp.concatenate(blocks, axis=1), model.apply(variables, X))
+
+
 @pytest.mark.parametrize("window", [None, 6])
 def test_state_is_read_in_chunks(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of 4 steps here. Those that no row has reached are not read."""

@@ -14,6 +14,7 @@ refused where the numbers are known, and gives NaN from there on in a compiled p
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,10 @@ COLLECTION = "cache"
 
 LOST = 2**30
 """The position of a row that was given invalid lengths: beyond every capacity, for good."""
+
+
+has_capacity: contextvars.ContextVar[bool] = contextvars.ContextVar("has_capacity", default=True)
+"""Whether the block with which a state is initialized is as long as a stream may be."""
 
 
 class Cache:
@@ -280,8 +285,8 @@ class Cache:
         Args:
             name: the name of what is remembered.
             steps: the block, floats ``[batch, time, ...]``.
-            window: how many steps to remember. By default all, up to the capacity: the length of
-                the block with which the state was initialized.
+            window: how many steps to remember, if there is room for as many. By default all, up to
+                the capacity: the length of the block with which the state was initialized.
             dtype: of what is remembered; that of ``steps`` by default.
 
         Raises:
@@ -298,7 +303,9 @@ class Cache:
         if self.has_padding:  # it may be NaN, which no mask hides from a product
             steps = _choose_rows(self.is_valid, steps, jnp.zeros_like(steps))
         if self._decode:
-            size = self._time if window is None else min(window, self._time)
+            size = self._time
+            if window is not None:
+                size = min(window, size) if has_capacity.get() else window
             shape = (self._batch, size, *steps.shape[2:])
             self._make_state(name, lambda: jnp.zeros(shape, steps.dtype))
         if not self.is_streaming:

@@ -18,7 +18,13 @@ import numpy as np
 from flax import linen as nn
 from jax import Array, export
 
-from flax_extra.combinator._cache.cache import COLLECTION, LOST, check_lengths, is_known
+from flax_extra.combinator._cache.cache import (
+    COLLECTION,
+    LOST,
+    check_lengths,
+    has_capacity,
+    is_known,
+)
 from flax_extra.combinator._core import stream_errors
 from flax_extra.combinator._core.arrays import split_arrays
 from flax_extra.combinator._core.checks import as_integer, check_at_least
@@ -120,6 +126,11 @@ class Stream:
         inputs = ", ".join(repr(describe_item(item)) for item in self._call.items)
         capacity = "" if self.capacity is None else f", capacity={self.capacity}"
         return f"stream({format_short(self.pipeline)}, {inputs}{capacity})"
+
+    @property
+    def room(self) -> int | None:
+        """How many steps a row can take; None if the stream never ends."""
+        return self._room
 
     @property
     def takes_lengths(self) -> bool:
@@ -413,7 +424,11 @@ class Stream:
     def _run(self, batch: int, time: int, others: Mapping[str, int]) -> Run:
         call = self._shape_call(batch, time, others)
         lengths = _struct((batch,), jnp.int32)
-        return run_init(self._module, call, self._stream_keywords(lengths))
+        token = has_capacity.set(self.capacity is not None)
+        try:
+            return run_init(self._module, call, self._stream_keywords(lengths))
+        finally:
+            has_capacity.reset(token)
 
     def _shape_call(self, batch: int, time: int, others: Mapping[str, int]) -> CallShapes:
         sizes = {self._batch: batch, self._time: time, **others}
