@@ -16,7 +16,9 @@ from flax_extra import combinator as cb
 def layer_rules(
     *, tensor: str | None = None, fsdp: str | tuple[str, ...] | None = None
 ) -> tuple[cb.ShardingRule, ...]:
-    r"""Returns sharding rules for the layers of this library, for :func:`cb.shardings`.
+    r"""Returns sharding rules for the layers of this library.
+
+    They are for :func:`flax_extra.combinator.shardings`.
 
     Data parallelism needs no rules: parameters are whole on every device, and batches are sharded.
 
