@@ -332,11 +332,11 @@ def _check_room(stream: cb.Stream, state: cb.StreamState | None, lengths: Any, n
         return
     n_tokens = np.asarray(before) + np.asarray(lengths)
     n_steps = n_tokens + n_new - 1  # the last token is never read
-    if stream.capacity is not None and n_steps.max() > stream.capacity:
+    if stream.room is not None and n_steps.max() > stream.room:
         row = int(n_steps.argmax())
         raise ValueError(
             f"Row {row} has {n_tokens[row]} tokens, and {n_new} are to come: the "
-            f"capacity of the stream is {stream.capacity}. Make the stream with "
+            f"capacity of the stream is {stream.room}. Make the stream with "
             f"capacity={n_steps.max()}, or generate fewer tokens."
         )
 
