@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 from rich.text import Text
 from tokenizers import Tokenizer
 
@@ -17,9 +18,9 @@ from checkpoint_files import CheckpointError
 from checkpoint_names import Settings
 from command_line import Parser
 from flax_extra import combinator as cb
-from greedy import generate
+from generation import generate
 from llama_checkpoints import LANGUAGE_MODELS
-from model_commands import InputError, read_tokenizer, show_status, track_weights
+from model_commands import InputError, read_tokenizer, track_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,48 +38,55 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def go_on(directory: Path, text: str, n_steps: int, console: Console) -> None:
+def go_on(directory: Path, text: str, n_new: int, console: Console) -> None:
     """Reads a model, and prints a text and how it goes on."""
     config = LANGUAGE_MODELS.read_config(directory)
     tokenizer = read_tokenizer(directory)
-    prompt = read_prompt(text, n_steps, tokenizer, Settings(config))
+    prompt = read_prompt(text, n_new, tokenizer, Settings(config))
     model, variables = LANGUAGE_MODELS.load(directory, dtype=None, track=track_weights)
-    stream = cb.stream(model, "i32[b, t]", capacity=prompt.shape[1] + n_steps)
+    stream = cb.stream(model, "i32[b, t]", capacity=prompt.shape[1] + n_new)
     end = config.get("eos_token_id")
     ends = tuple(end) if isinstance(end, list) else () if end is None else (end,)
+    times = [time.perf_counter()]
+    with Progress(
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as progress:
+        task = progress.add_task("generating", total=n_new)
 
-    def run(variables: Any, prompt: Any) -> Any:
-        return generate(stream, variables, prompt, n_steps, end=ends)
+        def show(index: Any) -> None:
+            times.append(time.perf_counter())
+            progress.update(task, completed=int(index))
 
-    with show_status("compiling"):
-        program = jax.jit(run).lower(variables, prompt).compile()
-    with show_status(f"generating {n_steps} tokens"):
-        start = time.perf_counter()
-        added = np.asarray(program(variables, prompt))[0]
-        seconds = time.perf_counter() - start
-    is_end = np.isin(added, ends)
-    n_added = int(is_end.argmax()) if is_end.any() else n_steps
-    console.print(Text(tokenizer.decode([*prompt[0].tolist(), *added[:n_added].tolist()])))
-    console.print(
-        f"[dim]{n_added} tokens in {seconds:.1f} s: {n_added / seconds:.1f} a second[/dim]"
-    )
+        generated = generate(stream, variables, prompt, None, n_new, stop=ends, show=show)
+    added = generated.tokens[0, : int(generated.lengths[0])].tolist()
+    text = [*prompt[0].tolist(), *(token for token in added if token not in ends)]
+    console.print(Text(tokenizer.decode(text)))
+    console.print(f"[dim]{describe_speed(times)}[/dim]")
 
 
-def read_prompt(text: str, n_steps: int, tokenizer: Tokenizer, config: Settings) -> np.ndarray:
+def describe_speed(times: list[float]) -> str:
+    """Says how long it took: to compile and to read the prompt first, and for each token then."""
+    first, others = times[1] - times[0], times[-1] - times[1]
+    n_new = len(times) - 1
+    speed = f", then {(n_new - 1) / others:.1f} a second" if n_new > 1 else ""
+    return f"{n_new} tokens: the first after {first:.1f} s{speed}"
+
+
+def read_prompt(text: str, n_new: int, tokenizer: Tokenizer, config: Settings) -> np.ndarray:
     """Turns a prompt into tokens ``[1, time]``.
 
     Raises:
         InputError: If it is empty, or too long to go on with.
     """
-    if n_steps < 1:
-        raise InputError(f"There is nothing to do: --tokens is {n_steps}. Ask for 1 or more.")
+    if n_new < 1:
+        raise InputError(f"There is nothing to do: --tokens is {n_new}. Ask for 1 or more.")
     tokens = tokenizer.encode(text).ids
     if not text or not tokens:
         raise InputError('The prompt is empty. Give one: --prompt "..."')
     n_positions = config.get("max_position_embeddings") or config.n_positions
-    if len(tokens) + n_steps > n_positions:
+    if len(tokens) + n_new > n_positions:
         raise InputError(
-            f"The prompt has {len(tokens)} tokens, and {n_steps} are to be added; "
+            f"The prompt has {len(tokens)} tokens, and {n_new} are to be added; "
             f"the model takes {n_positions} in all."
         )
     return np.asarray([tokens], np.int32)

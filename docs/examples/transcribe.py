@@ -41,8 +41,9 @@ def write_down(directory: Path, file: Path, language: str, console: Console) -> 
     seconds = 2 * config.max_source_positions * HOP // RATE
     sound = read_sound(file, seconds)
     model, variables = WHISPER.load(directory, track=track_weights)
-    n_steps = config.max_target_positions - len(task.prompt)
-    program = jax.jit(functools.partial(whisper.transcribe, model, task=task, n_steps=n_steps))
+    n_new = config.max_target_positions - len(task.prompt)
+    program = jax.jit(functools.partial(whisper.transcribe, model, task=task, n_new=n_new))
     with show_status(f"listening to {file.name}"):
-        tokens = np.asarray(program(variables, sound))[0]
-    console.print(Text(tokenizer.decode(tokens[tokens != task.end].tolist()).strip()))
+        tokens = np.asarray(program(variables, sound).tokens)[0]
+    text = tokens[: tokens.tolist().index(task.end)] if task.end in tokens else tokens
+    console.print(Text(tokenizer.decode(text.tolist()).strip()))

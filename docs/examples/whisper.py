@@ -29,7 +29,7 @@ from flax import linen as nn
 from jax import Array
 
 from flax_extra import combinator as cb
-from greedy import generate
+from generation import Generated, generate
 from sound import log_mel
 from transformer import Tower
 
@@ -89,20 +89,31 @@ class Task:
     never: tuple[int, ...] = ()
     not_first: tuple[int, ...] = ()
 
-    def suppress(self, logits: Array, step: Array) -> Array:
-        """Makes what must not come impossible: logits ``[batch, n_tokens]`` of a step."""
-        n_tokens = logits.shape[-1]
-        never, not_first = (_mark(which, n_tokens) for which in (self.never, self.not_first))
-        return jnp.where(never | (not_first & (step == 0)), -jnp.inf, logits)
 
+class Suppress(nn.Module):
+    """Makes the tokens impossible that must not come: logits ``[batch, time, n_tokens]``.
 
-def _mark(tokens: tuple[int, ...], n_tokens: int) -> np.ndarray:
-    return np.isin(np.arange(n_tokens), tokens)[None]
+    The first token is scored at the end of the prompt. In a stream, too, the layer knows how far
+    each row is.
+    """
+
+    task: Task
+
+    @nn.compact
+    def __call__(
+        self, logits: Array, *, decode: bool = False, lengths: Array | None = None
+    ) -> Array:
+        """Leaves all other logits as they are."""
+        positions = cb.Cache(self, logits, decode=decode, lengths=lengths).positions
+        is_first = positions[..., None] == len(self.task.prompt) - 1
+        tokens = np.arange(logits.shape[-1])[None, None]
+        never, not_first = (np.isin(tokens, t) for t in (self.task.never, self.task.not_first))
+        return jnp.where(never | (not_first & is_first), -jnp.inf, logits)
 
 
 def transcribe(
-    model: cb.Combinator, variables: Any, sound: Array, task: Task, n_steps: int
-) -> Array:
+    model: cb.Combinator, variables: Any, sound: Array, task: Task, n_new: int
+) -> Generated:
     """Writes down what is said, greedily: one XLA program under ``jax.jit``.
 
     Args:
@@ -110,27 +121,25 @@ def transcribe(
         variables: its variables.
         sound: samples at 16 kHz, ``[batch, samples]``, as long as the model takes.
         task: what to write down.
-        n_steps: the number of tokens at most.
+        n_new: the number of tokens at most.
 
     Returns:
-        Tokens ``[batch, n_steps]``; after the end, all are ``task.end``.
+        The tokens, ``[batch, n_new]``, and how many there are in each row.
     """
     dip: Any = model[0]
     encoder, decoder = dip[0], model[1]
-    parts = {name: {"params": params} for name, params in variables["params"].items()}
-    n_mels = parts["encoder"]["params"]["conv_0"]["kernel"].shape[1]
-    memory = encoder.apply(parts["encoder"], log_mel(sound, n_mels))
-    prompt = jnp.tile(jnp.asarray([task.prompt], jnp.int32), (sound.shape[0], 1))
-    memory_spec = f"f32[b, {memory.shape[1]}, {memory.shape[2]}]"
-    stream = cb.stream(decoder, "i32[b, t]", memory_spec, capacity=len(task.prompt) + n_steps)
+    params = variables["params"]["encoder"]
+    n_mels = params["conv_0"]["kernel"].shape[1]
+    memory = encoder.apply({"params": params}, log_mel(sound, n_mels))
+    prompts = jnp.tile(jnp.asarray([task.prompt], jnp.int32), (sound.shape[0], 1))
+    stream = cb.stream(
+        decoder >> Suppress(task),
+        "i32[b, t]",
+        f"f32[b, {memory.shape[1]}, {memory.shape[2]}]",
+        capacity=len(task.prompt) + n_new,
+    )
     return generate(
-        stream,
-        parts["decoder"],
-        prompt,
-        n_steps,
-        memory=(memory,),
-        end=(task.end,),
-        adjust=task.suppress,
+        stream, variables, prompts, None, n_new, stop=(task.end,), inputs=(memory.astype("f4"),)
     )
 
 

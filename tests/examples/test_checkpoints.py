@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from checkpoint_files import CheckpointError, SavedWeights
 from clip_checkpoints import CLIP
 from llama_checkpoints import LANGUAGE_MODELS
+from whisper import Suppress
 from whisper_checkpoints import WHISPER, read_task
 
 LLAMA: dict[str, Any] = {
@@ -328,8 +329,8 @@ def test_tasks(tmp_path):
     file.write_text(json.dumps(several))
     task = read_task(tmp_path, "de")
     assert (task.prompt, task.end, task.never) == ((7, 9, 10, 12), 3, (1, 2))
-    logits = jnp.zeros((1, 13))
-    assert np.flatnonzero(np.isneginf(task.suppress(logits, 0))).tolist() == [1, 2, 5]
-    assert np.flatnonzero(np.isneginf(task.suppress(logits, 1))).tolist() == [1, 2]
+    logits = Suppress(task).apply({}, jnp.zeros((1, 6, 13)))
+    suppressed = [np.flatnonzero(np.isneginf(row)).tolist() for row in logits[0]]
+    assert suppressed == [[1, 2], [1, 2], [1, 2], [1, 2, 5], [1, 2], [1, 2]]
     with pytest.raises(CheckpointError, match=r"^The model does not know .* 'fr': de, en\.$"):
         read_task(tmp_path, "fr")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,9 +59,9 @@ def test_a_text_goes_on(kind, here, capsys):
     assert generate_text.main(arguments) == 0
     text, speed = capsys.readouterr().out.splitlines()
     assert text.startswith("a b c ")
-    assert len(text.split()) == 8
+    assert 4 <= len(text.split()) <= 8
     assert set(text.split()) <= set(WORDS)
-    assert speed.startswith("5 tokens in ")
+    assert re.fullmatch(r"[1-5] tokens: the first after .* s(, then .* a second)?", speed)
 
 
 def test_a_sound_is_written_down(here, capsys):

@@ -14,11 +14,11 @@ from flax import linen as nn
 
 from clip import clip, image_tower, text_tower
 from flax_extra import combinator as cb
-from greedy import generate
+from generation import generate
 from llama import Llama, gpt2, llama
 from sound import log_mel
 from transformer import Tower
-from whisper import Task, decoder, encoder, transcribe, whisper
+from whisper import Suppress, Task, decoder, encoder, transcribe, whisper
 
 SMALL = Llama(n_tokens=31, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_hidden=24)
 TOWER = Tower(d_model=16, n_layers=2, n_heads=2, d_hidden=24, activation=nn.gelu)
@@ -136,7 +136,7 @@ def test_generation_is_the_same_as_computing_the_whole_each_time():
     prompts, lengths = np.array([[3, 4, 5], [6, 0, 0]], np.int32), jnp.array([3, 1])
     variables = model.init(jax.random.key(0), prompts)
     stream = cb.stream(model, "i32[b, t]", capacity=16)
-    found = generate(stream, variables, prompts, 6, lengths=lengths)
+    found = generate(stream, variables, prompts, lengths, 6).tokens
     whole = jax.jit(model.apply)
     for row, length in enumerate(lengths.tolist()):
         text = np.zeros((1, 9), np.int32)
@@ -144,19 +144,6 @@ def test_generation_is_the_same_as_computing_the_whole_each_time():
         for at, token in enumerate(found[row].tolist(), length):
             assert token == int(whole(variables, text)[0, at - 1].argmax())
             text[0, at] = token
-
-
-def test_generation_stops():
-    model = llama(SMALL)
-    prompts = np.array([[3, 4, 5], [6, 7, 8]], np.int32)
-    variables = model.init(jax.random.key(0), prompts)
-    stream = cb.stream(model, "i32[b, t]", capacity=16)
-    free = generate(stream, variables, prompts, 6)
-    end = int(free[0, 2])
-    found = generate(stream, variables, prompts, 6, end=(end,))
-    for row in range(2):
-        at = free[row].tolist().index(end) if end in free[row].tolist() else 6
-        assert found[row].tolist() == [*free[row, :at].tolist(), *[end] * (6 - at)]
 
 
 def test_transcription_is_the_same_as_computing_the_whole_each_time():
@@ -168,13 +155,12 @@ def test_transcription_is_the_same_as_computing_the_whole_each_time():
         lambda leaf: jnp.asarray(draw.normal(size=leaf.shape) * 0.3, jnp.float32), shapes
     )
     task = Task(prompt=(1, 2), end=30, never=(4,), not_first=(5,))
-    run = functools.partial(transcribe, model, task=task, n_steps=6)
-    found = np.asarray(jax.jit(run)(variables, sounds))
-    whole = jax.jit(model.apply)
+    run = functools.partial(transcribe, model, task=task, n_new=6)
+    found = np.asarray(jax.jit(run)(variables, sounds).tokens)
+    whole = jax.jit((model >> Suppress(task)).apply)
     text = np.zeros((2, 8), np.int32)
     text[:, :2] = task.prompt
     for step in range(6):
-        logits = task.suppress(whole(variables, text, features)[:, step + 1], jnp.asarray(step))
-        text[:, step + 2] = logits.argmax(axis=1)
+        text[:, step + 2] = whole(variables, text, features)[:, step + 1].argmax(axis=1)
     assert task.end not in text
     np.testing.assert_array_equal(found, text[:, 2:])
