@@ -59,8 +59,8 @@ def go_on(directory: Path, text: str, n_new: int, console: Console) -> None:
 
         generated = generate(stream, variables, prompt, None, n_new, stop=ends, show=show)
     added = generated.tokens[0, : int(generated.lengths[0])].tolist()
-    text = [*prompt[0].tolist(), *(token for token in added if token not in ends)]
-    console.print(Text(tokenizer.decode(text)))
+    tokens = [*prompt[0].tolist(), *(token for token in added if token not in ends)]
+    console.print(Text(tokenizer.decode(tokens)))
     console.print(f"[dim]{describe_speed(times)}[/dim]")
 
 

@@ -133,7 +133,7 @@ def transcribe(
     memory = encoder.apply({"params": params}, log_mel(sound, n_mels))
     prompts = jnp.tile(jnp.asarray([task.prompt], jnp.int32), (sound.shape[0], 1))
     stream = cb.stream(
-        decoder >> Suppress(task),
+        cb.serial(decoder, Suppress(task)),
         "i32[b, t]",
         f"f32[b, {memory.shape[1]}, {memory.shape[2]}]",
         capacity=len(task.prompt) + n_new,

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from flax_extra.layer import _errors
 from flax_extra.layer._initializers import draw_in_float32
+from flax_extra.layer._sharding import take_rows
 
 
 class RelativePositionBias(nn.Module):
@@ -92,7 +93,7 @@ class RelativePositionBias(nn.Module):
         """
         table = self.param("bias", self.bias_init, (self.n_buckets, self.n_heads), self.param_dtype)
         distances = key_positions[:, None, :] - query_positions[:, :, None]
-        bias = jnp.take(table, self._find_buckets(distances), axis=0)
+        bias = take_rows(table, self._find_buckets(distances))
         moved: Array = jnp.moveaxis(bias, -1, 1)
         return moved if self.dtype is None else moved.astype(self.dtype)
 

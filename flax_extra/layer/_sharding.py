@@ -68,6 +68,20 @@ def get_varying_axes(array: Array) -> frozenset[str]:
     return axes
 
 
+def take_rows(table: Array, indices: Array) -> Array:
+    """Takes rows of a table, sharded as their indices are: ``[..., features]``."""
+
+    def take(table: Array, indices: Array) -> Array:
+        return jnp.take(table, indices, axis=0)
+
+    sharding: Any = jax.typeof(indices).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return take(table, indices)
+    spec: Any = PartitionSpec(*sharding.spec, None)  # type: ignore[no-untyped-call]
+    taken: Array = jax.sharding.auto_axes(take, out_sharding=spec)(table, indices)
+    return taken
+
+
 def run_with_auto_axes(run: Callable[[Tree], Array], operands: Tree, *, like: Array) -> Array:
     """Runs a function so that XLA chooses shardings in it, on an Explicit mesh, too.
 
