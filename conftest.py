@@ -15,9 +15,6 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-collect_ignore = ["docs/guide/more_than_one_device.md"]
-"""It needs 8 devices; ``tests/mesh/test_guide.py`` runs it."""
-
 MAX_CACHE_BYTES = 2**30
 MAX_FAST_SECONDS = 0.5
 SLOW = Path(__file__).parent / "tests" / "slow.txt"

@@ -170,8 +170,8 @@ class LinearPositionBias(nn.Module):
             What to add to the logits, ``[batch or 1, n_heads, time_q, time_kv]``.
         """
         slopes = jnp.asarray(_list_slopes(self.n_heads), self.dtype)[None, :, None, None]
-        distances = jnp.abs(key_positions[:, None, :] - query_positions[:, :, None])
-        return -slopes * distances[:, None].astype(self.dtype)
+        distances = -jnp.abs(key_positions[:, None, :] - query_positions[:, :, None])
+        return slopes * distances[:, None].astype(self.dtype)
 
 
 def _list_slopes(n_heads: int) -> np.ndarray:

@@ -185,6 +185,16 @@ def test_a_layer_in_a_scope_computes_the_same(p):
     )
 
 
+def test_a_layer_in_two_places_gets_one_scope():
+    dense, other = nn.Dense(4), nn.Dense(4)
+    p = cb.serial(cb.vmap(other, n=2), dense, cb.dip(dense))
+    q = cb.replace(p, nn.Dense, lambda dense: cb.serial(dense))
+    assert [layer.path for layer in cb.layers(q)] == [
+        ("Vmap_0", "Dense_0", "Dense_0"),
+        ("Dense_0", "Dense_0"),
+    ]
+
+
 # Layers
 
 

@@ -225,7 +225,10 @@ def _put_child(pipeline: Pipeline, module: nn.Module, child: Child) -> Any:
         if part.pipeline is not None:
             target = _put_child(part.pipeline, module, child)
             return part if target is part.pipeline else _like(part, make_child(target))
-        return _like(part, child) if part.target is module and not part.fixed else part
+        if part.target is not module or part.fixed:
+            return part
+        is_same = part.call_spec == child.call_spec and not child.fixed
+        return part if is_same and child.target is module else _like(part, child)
 
     items = tuple(map(put, pipeline.children))
     if all(a is b for a, b in zip(items, pipeline.children, strict=True)):
