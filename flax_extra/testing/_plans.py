@@ -18,7 +18,7 @@ BATCH_SIZES = (1, 3)
 
 RARELY = st.sampled_from([False, False, False, True])
 
-CAPACITY_STEP = 4
+CAPACITY_STEP = 6
 """Capacities are multiples of it, so that few programs are compiled."""
 
 
