@@ -37,6 +37,7 @@ from flax_extra.layer._positional import (
     TrainablePositionalPadding,
 )
 from flax_extra.layer._recurrent import Recurrent
+from flax_extra.layer._ring import ring_attend
 from flax_extra.layer._rotary import LinearScaling, Llama3Scaling, RotaryEncoding
 from flax_extra.layer._rules import layer_rules
 
@@ -82,4 +83,5 @@ __all__ = [
     "io",
     # more than one device
     "layer_rules",
+    "ring_attend",
 ]

@@ -177,7 +177,7 @@ def attend(
         >>> attended.tolist()
         [[[2.5]]]
     """
-    shape = _infer_logits_shape(query, key, value)
+    shape = infer_logits_shape(query, key, value)
     check_rate("attend", dropout_rate)
     check_chunk_size("attend", chunk_size)
     check_window("attend", window, causal)
@@ -195,7 +195,7 @@ def attend(
         key,
         value,
         bias=_broadcast_bias(bias, shape),
-        mask=_broadcast_mask(mask, shape),
+        mask=broadcast_mask(mask, shape),
         rngkey=dropout_rngkey,
     )
     is_aligned = query_positions is None and key_positions is None
@@ -212,7 +212,7 @@ def attend(
         dropout_rate=float(dropout_rate),
         precision=precision,
     )
-    shape = _infer_logits_shape(*inputs[:3])
+    shape = infer_logits_shape(*inputs[:3])
     if chunk_size is None and isinstance(inputs.key, cb.CacheEntry):
         chunk_size = _chunked.KEYS_PER_CHUNK_OF_STATE
     chunk_size = _choose_chunk_size(shape, chunk_size, settings)
@@ -346,7 +346,7 @@ def _divide_jvp(
     return result, _divide(change, total, dtype)
 
 
-def _infer_logits_shape(query: Array, key: Array, value: Array) -> tuple[int, int, int, int]:
+def infer_logits_shape(query: Array, key: Array, value: Array) -> tuple[int, int, int, int]:
     shapes = query.shape, key.shape, value.shape
     if any(len(shape) != 4 for shape in shapes):
         raise _errors.mismatched_heads(*shapes)
@@ -360,7 +360,7 @@ def _infer_logits_shape(query: Array, key: Array, value: Array) -> tuple[int, in
     return batch, heads, time_q, time_kv
 
 
-def _broadcast_mask(mask: Array | None, logits_shape: tuple[int, int, int, int]) -> Array | None:
+def broadcast_mask(mask: Array | None, logits_shape: tuple[int, int, int, int]) -> Array | None:
     if mask is None:
         return None
     mask = jnp.asarray(mask)

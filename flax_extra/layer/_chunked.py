@@ -11,6 +11,7 @@ pass, Dao et al., "FlashAttention" (2022), algorithm 4.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +77,7 @@ def attend_in_chunks(inputs: Inputs, settings: Settings, chunk_size: int) -> tup
 
     Returns:
         The attention vectors, ``[batch, time_q, heads, d_v]``, and the logsumexp of the logits of
-        each query, ``[batch, time_q, heads]``.
+        each query, ``[batch, time_q, heads]``; see :func:`find_logsumexp`.
     """
     grids = _tile_logits(inputs, settings, chunk_size)
     run = functools.partial(_attend_tile_by_tile, settings)
@@ -98,6 +99,28 @@ def _attend_in_chunks_jvp(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     inputs = primals[0].read_all()
     vectors, logsumexp = map(name_result, attend_in_chunks(inputs, settings, chunk_size))
+    changes = {
+        name: tangent
+        for name, tangent in _read_tangents(primals[0], tangents[0]).get_present().items()
+        if name in DIFFERENTIABLE and not isinstance(tangent, SymbolicZero)
+    }
+    results = vectors, logsumexp
+    return results, sum_changes(inputs, results, changes, settings, chunk_size)
+
+
+def sum_changes(
+    inputs: Inputs,
+    results: tuple[Array, Array],
+    changes: Mapping[str, Array],
+    settings: Settings,
+    chunk_size: int,
+) -> tuple[Array, Array]:
+    """Returns the tangents of attention vectors and logsumexp, from those of some inputs.
+
+    They are sums over keys. If the results are those of attention to more keys than are given, the
+    tangents are the part that the given keys contribute.
+    """
+    vectors, logsumexp = results
     operands = {**inputs.get_present(), "vectors": vectors, "logsumexp": logsumexp}
     names = tuple(operands)
     spec = TiledSum(
@@ -107,13 +130,9 @@ def _attend_in_chunks_jvp(
         primal_of=tuple(range(len(names))),
         outputs=(names.index("vectors"), names.index("logsumexp")),
     )
-    active = {
-        names.index(name): tangent
-        for name, tangent in _read_tangents(primals[0], tangents[0]).get_present().items()
-        if name in DIFFERENTIABLE and not isinstance(tangent, SymbolicZero)
-    }
+    active = {names.index(name): change for name, change in changes.items()}
     vectors_dot, logsumexp_dot = sum_tangents(spec, tuple(operands.values()), active)
-    return (vectors, logsumexp), (vectors_dot, logsumexp_dot)
+    return vectors_dot, logsumexp_dot
 
 
 def _read_tangents(inputs: Inputs, tangents: Inputs) -> Inputs:
@@ -164,6 +183,15 @@ class _Sums(NamedTuple):
     greatest: Array
 
 
+def find_logsumexp(total: Array, greatest: Array) -> Array:
+    """Returns the logsumexp of logits, from the sum of weights that are relative to the greatest.
+
+    For a query that sees no key it is zero. Any number would do: its weights are zero.
+    """
+    is_empty = total == 0
+    return jnp.where(is_empty, 0, greatest + jnp.log(jnp.where(is_empty, 1, total)))
+
+
 def _attend_tile_by_tile(settings: Settings, grid: Grid, inputs: Inputs) -> tuple[Array, Array]:
     named = inputs.get_present()
     axes = {name: _logits.find_axes(name, x) for name, x in named.items()}
@@ -209,10 +237,7 @@ def _attend_tile_by_tile(settings: Settings, grid: Grid, inputs: Inputs) -> tupl
         )
         sums = run_chunks(grid, schedule, row, run_chunk, sums)
         vectors = sums.vectors * _logits.invert_total(sums.total).astype(value_dtype)
-        # Any number does for a query that sees no key: its weights are zero.
-        is_empty = sums.total == 0
-        log_total = jnp.log(jnp.where(is_empty, 1, sums.total))
-        logsumexp = jnp.where(is_empty, 0, sums.greatest + log_total)
+        logsumexp = find_logsumexp(sums.total, sums.greatest)
         return (
             grid.add(results[0], put_heads_first(vectors), axes["query"], row),
             grid.add(results[1], put_heads_first(logsumexp)[..., 0], axes["query"], row),

@@ -509,5 +509,20 @@ def nothing_to_share(asked: str) -> ValueError:
     )
 
 
+def no_mesh_axis(asked: str, axis: str, axes: Sequence[str]) -> ValueError:
+    found = f"the mesh has {', '.join(map(repr, axes))}" if axes else "there is no mesh"
+    return ValueError(
+        f"{asked} splits time over the mesh axis {axis!r}, and {found}. Run it in a context: "
+        f"with jax.set_mesh(mesh)."
+    )
+
+
+def indivisible_time(asked: str, name: str, time: Any, n: int, axis: str) -> ValueError:
+    return ValueError(
+        f"{asked} splits {name} over the {n} devices of {axis!r}; {time} does not divide among "
+        f"them. Pad the sequence."
+    )
+
+
 def _shape(shape: Sequence[Any]) -> str:
     return f"[{', '.join(map(str, shape))}]"

@@ -93,10 +93,12 @@ def run_with_auto_axes(run: Callable[[Tree], Array], operands: Tree, *, like: Ar
         like: the array whose first three axes are sharded as those of the result.
     """
     sharding: Any = jax.typeof(like).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if not explicit:
         return run(operands)
     spec: Any = PartitionSpec(*sharding.spec[:3])  # type: ignore[no-untyped-call]
-    run_auto: Any = jax.sharding.auto_axes(run, out_sharding=spec)
+    run_auto: Any = jax.sharding.auto_axes(run, axes=explicit, out_sharding=spec)
     result: Array = run_auto(operands)
     return result
 

@@ -60,9 +60,11 @@ class Entry:
     field_shapes: Mapping[str, Any] | None = None
 
 
-SETTINGS = {"LinearScaling", "Llama3Scaling", "layer_rules"}
-"""Public names that are about layers, and are none: ``tests/layer/test_rotary.py`` and
-``tests/layer/test_rules.py`` have them."""
+SETTINGS = {"LinearScaling", "Llama3Scaling", "layer_rules", "ring_attend"}
+"""Public names that are no layers, or need a mesh: they have tests of their own.
+
+``tests/layer/test_rotary.py``, ``tests/layer/test_rules.py`` and ``tests/mesh/test_ring.py``.
+"""
 
 HEADS = {"heads": 2}
 HEADS_ALONE = {"n_heads": 2}

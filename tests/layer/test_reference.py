@@ -149,6 +149,7 @@ BEYOND = {
     "RotaryEncoding",
     "interpolate_positions",
     "layer_rules",
+    "ring_attend",
 }
 """Public names that the reference does not have."""
 
