@@ -307,7 +307,7 @@ def test_copies_keep_a_state_each() -> None:
     ("make", "needs"),
     [
         (Attention, True),
-        (lambda: Attention(window=3), True),
+        (lambda: Attention(window=3), False),
         (lambda: cb.repeat(make_block(), 2), True),
         (Conv, False),
         (Sum, False),
