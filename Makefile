@@ -44,7 +44,7 @@ slow-tests: $(VENV)/installed-test ## measure which tests test-fast leaves out, 
 	HYPOTHESIS_PROFILE=fast $(PYTEST) $(FAST) --write-slow
 
 parity: $(VENV)/installed-parity ## compare the layers with torch, the published models with transformers
-	$(PYTEST) tests/parity
+	$(PYTEST) $(PARALLEL) tests/parity
 
 docs: $(VENV)/installed-docs ## build the documentation site in build/docs/html; its pages run
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs/html

@@ -10,6 +10,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -32,9 +33,10 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=10_000)
 # The result for a commit must not depend on what is drawn; a run by hand goes on searching.
-settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True, max_examples=40)
 settings.register_profile("fast", settings.get_profile("ci"), max_examples=20)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+settings.load_profile(PROFILE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,8 +73,20 @@ def _size(folder: Path) -> int:
     return sum(entry.stat().st_size for entry in os.scandir(folder))
 
 
+def _limit_examples(test: Any, most: int) -> None:
+    """Draws fewer examples for a test that asks for more than a profile has."""
+    asked = getattr(test, "_hypothesis_internal_use_settings", None)
+    if asked is not None and asked.max_examples > most:
+        limited = settings(asked, max_examples=most)
+        test._hypothesis_internal_use_settings = limited
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if PROFILE in ("ci", "fast"):
+        for item in items:
+            test = getattr(item, "obj", None)
+            _limit_examples(getattr(test, "__func__", test), settings().max_examples)
     slow = set(SLOW.read_text().splitlines()) if SLOW.exists() else set()
     for item in items:
         if item.nodeid in slow:

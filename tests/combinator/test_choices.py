@@ -67,7 +67,9 @@ def test_the_branch_that_is_chosen_runs(fs, data):
     p = cb.switch(scopes)
     assert p.signature == cb.Signature(1 + fs[0].signature.n_in, fs[0].signature.n_out)
     made, variables = p.init_with_output(KEY, index, *inputs)
-    by_hand = cb.serial(scopes[index]).apply(variables, *inputs)
+    # A layer that branches share has its variables in the first of them.
+    alone = cb.serial(scopes[index])
+    by_hand = alone.apply(cb.transfer(variables, p, alone), *inputs)
     close(p.apply(variables, index, *inputs), by_hand)
     close(jax.jit(p.apply)(variables, jnp.int32(index), *inputs), by_hand)
     close(made, by_hand)
