@@ -5,6 +5,7 @@ Warnings are errors, too: see pyproject.toml.
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import shutil
@@ -17,11 +18,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 MAX_CACHE_BYTES = 2**30
+TESTS_BETWEEN_FREEZES = 100
 MAX_FAST_SECONDS = 0.5
 SLOW = Path(__file__).parent / "tests" / "slow.txt"
 """The tests that take longer, marked ``slow``; ``make slow-tests`` measures them anew."""
 
 STARTED = pytest.StashKey[float]()
+N_DONE = pytest.StashKey[int]()
 SECONDS: dict[str, float] = {}
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -104,6 +107,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if call.when == "teardown":
         item.user_properties.append(("seconds", _processor_seconds() - item.stash[STARTED]))
     return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    # JAX keeps what it has traced. The garbage collector would look through all of it, again and
+    # again: what survives a hundred tests stays.
+    item.session.stash[N_DONE] = item.session.stash.get(N_DONE, 0) + 1
+    if item.session.stash[N_DONE] % TESTS_BETWEEN_FREEZES == 0:
+        gc.collect()
+        gc.freeze()
 
 
 def _processor_seconds() -> float:
