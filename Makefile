@@ -47,7 +47,7 @@ parity: $(VENV)/installed-parity ## compare the layers with torch, the published
 	$(PYTEST) $(PARALLEL) tests/parity
 
 docs: $(VENV)/installed-docs ## build the documentation site in build/docs/html; its pages run
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs/html
+	JAX_NUM_CPU_DEVICES=8 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs/html
 
 docs-test: docs ## test the site: all names are in it, and Chromium opens it without an error
 	$(PYTEST) docs/_ext tests/docs
