@@ -407,7 +407,7 @@ def place(fault: Any) -> cb.Combinator:
 
 @pytest.mark.parametrize("layer", RIGHT, ids=name_of)
 def test_nothing_is_found_where_nothing_is_wrong(layer: Any) -> None:
-    testing.check_streaming(place(layer), SPEC, gradients=False, max_examples=10)
+    testing.check_streaming(place(layer), SPEC, gradients=False, max_examples=4)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=name_of)
@@ -433,7 +433,7 @@ def test_a_fault_in_a_loop_is_named_by_the_loop_or_its_step() -> None:
 
 def test_a_gradient_that_ends_at_the_block_is_found() -> None:
     layer = cb.serial(nn.Dense(4), SumWithoutGradient())
-    testing.check_streaming(layer, SPEC, gradients=False, max_examples=10)
+    testing.check_streaming(layer, SPEC, gradients=False, max_examples=4)
     with pytest.raises(AssertionError) as caught:
         testing.check_streaming(layer, SPEC, max_examples=40)
     _, second, *_ = str(caught.value).splitlines()

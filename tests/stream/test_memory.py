@@ -90,14 +90,13 @@ PIPELINES: dict[str, Callable[[Any], Any]] = {
     "repeat": lambda make: cb.repeat(make(), 8),
     "repeat, shared": lambda make: cb.repeat(make(), 8, shared=True),
     "repeat, remat": lambda make: cb.repeat(make(), 8, remat=True),
-    "repeat, unrolled": lambda make: cb.repeat(make(), 8, unroll=2),
     "nested repeats": lambda make: cb.repeat(cb.serial(cb.repeat(make(), 4), jnp.tanh), 2),
 }
 
 
 def test_the_toy_streams() -> None:
     layer = ChunkedAttention(chunk=2, n_heads=2)
-    testing.check_streaming(layer, "f32[b, t, 4]", gradients=False, max_examples=8)
+    testing.check_streaming(layer, "f32[b, t, 4]", gradients=False, max_examples=3)
 
 
 def compile_step(pipeline: Any, batch: int = BATCH, **lengths: Any) -> tuple[Any, int]:
